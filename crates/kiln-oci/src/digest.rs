@@ -141,7 +141,11 @@ pub struct DigestWriter<W> {
 impl<W: io::Write> DigestWriter<W> {
     /// Wraps `inner`; every byte it accepts is hashed.
     pub fn new(inner: W) -> Self {
-        Self { inner, hasher: Hasher::new(), written: 0 }
+        Self {
+            inner,
+            hasher: Hasher::new(),
+            written: 0,
+        }
     }
 
     /// Bytes accepted so far.
@@ -179,7 +183,11 @@ pub struct DigestReader<R> {
 impl<R: io::Read> DigestReader<R> {
     /// Wraps `inner`; every byte read from it is hashed.
     pub fn new(inner: R) -> Self {
-        Self { inner, hasher: Hasher::new(), read: 0 }
+        Self {
+            inner,
+            hasher: Hasher::new(),
+            read: 0,
+        }
     }
 
     /// The inner reader, the digest of all bytes read, and their count.
@@ -266,10 +274,21 @@ mod tests {
     #[test]
     fn digest_round_trips_and_refuses_other_texts() {
         let d = Digest::of("hello");
-        assert_eq!(d.to_string(), "sha256:2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824");
+        assert_eq!(
+            d.to_string(),
+            "sha256:2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
+        );
         assert_eq!(d.to_string().parse::<Digest>().unwrap(), d);
         assert!(matches!("sha512:00".parse::<Digest>(), Err(DigestError::Algorithm(_))));
-        for bad in ["", "sha256", "sha256:", "sha256:zz", "sha256:AA", "md5:00", &d.to_string().to_uppercase()] {
+        for bad in [
+            "",
+            "sha256",
+            "sha256:",
+            "sha256:zz",
+            "sha256:AA",
+            "md5:00",
+            &d.to_string().to_uppercase(),
+        ] {
             assert!(bad.parse::<Digest>().is_err(), "{bad}");
         }
         let json = serde_json::to_string(&d).unwrap();
@@ -282,7 +301,10 @@ mod tests {
         w.write_all(b"hel").unwrap();
         w.write_all(b"lo").unwrap();
         let (bytes, digest, n) = w.finish();
-        assert_eq!((bytes.as_slice(), digest, n), (b"hello".as_slice(), Digest::of("hello"), 5));
+        assert_eq!(
+            (bytes.as_slice(), digest, n),
+            (b"hello".as_slice(), Digest::of("hello"), 5)
+        );
     }
 
     #[test]
@@ -291,6 +313,9 @@ mod tests {
         let b = DiffId(Digest::of("b"));
         assert_eq!(ChainId::of(&[]), None);
         assert_eq!(ChainId::of(&[a]), Some(ChainId(a.0)));
-        assert_eq!(ChainId::of(&[a, b]), Some(ChainId(Digest::of(format!("{} {}", a.0, b.0)))));
+        assert_eq!(
+            ChainId::of(&[a, b]),
+            Some(ChainId(Digest::of(format!("{} {}", a.0, b.0))))
+        );
     }
 }

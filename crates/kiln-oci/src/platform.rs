@@ -31,8 +31,13 @@ pub struct PlatformError(pub String);
 impl Platform {
     /// A platform without refinements, normalised.
     pub fn new(os: &str, architecture: &str, variant: &str) -> Self {
-        Self { os: os.into(), architecture: architecture.into(), variant: variant.into(), ..Self::default() }
-            .normalized()
+        Self {
+            os: os.into(),
+            architecture: architecture.into(),
+            variant: variant.into(),
+            ..Self::default()
+        }
+        .normalized()
     }
 
     /// The platform this program runs on.
@@ -85,10 +90,55 @@ impl Platform {
         a.os == b.os && a.architecture == b.architecture && a.variant == b.variant
     }
 
+    /// How well a machine of platform `wanted` runs programs for `self`: 0 is its own kind, greater numbers are lesser
+    /// kinds it also runs (older variants, then `386` on `amd64` and 32-bit `arm` on `arm64`), `None` is not at all.
+    /// Versions and features of the operating system are left aside.
+    pub fn runs_on(&self, wanted: &Self) -> Option<u32> {
+        let (image, machine) = (self.normalized(), wanted.normalized());
+        if image.os != machine.os {
+            return None;
+        }
+        let mut score = 0;
+        for (arch, variant) in kinds_run_by(&machine.architecture, &machine.variant) {
+            if image.architecture == arch && image.variant == variant {
+                return Some(score);
+            }
+            score += 1;
+        }
+        None
+    }
+
     /// Whether nothing is set.
     pub fn is_empty(&self) -> bool {
         self.os.is_empty() && self.architecture.is_empty()
     }
+}
+
+/// The kinds of programs a machine runs, its own first, in normal form.
+fn kinds_run_by(arch: &str, variant: &str) -> Vec<(String, String)> {
+    let number = variant.strip_prefix('v').and_then(|n| n.parse::<u32>().ok());
+    let mut kinds = vec![(arch.to_owned(), variant.to_owned())];
+    let mut add = |arch: &str, variant: String| kinds.push((arch.to_owned(), variant));
+    match (arch, number) {
+        ("amd64", n) => {
+            for older in (2..n.unwrap_or(1)).rev() {
+                add(arch, format!("v{older}"));
+            }
+            if !variant.is_empty() {
+                add(arch, String::new());
+            }
+            add("386", String::new());
+        }
+        ("arm", Some(n)) => (5..n).rev().for_each(|older| add(arch, format!("v{older}"))),
+        ("arm64", n) => {
+            if n.is_some_and(|n| n > 8) {
+                add(arch, String::new());
+            }
+            (5..=8).rev().for_each(|older| add("arm", format!("v{older}")));
+        }
+        _ => {}
+    }
+    kinds
 }
 
 fn normal_arch(arch: &str, variant: &str) -> (String, String) {
@@ -144,7 +194,12 @@ impl FromStr for Platform {
         if !word(&os) || !rest.iter().all(|s| word(s)) {
             return Err(bad());
         }
-        let mut p = Self { os, os_version, os_features, ..Self::default() };
+        let mut p = Self {
+            os,
+            os_version,
+            os_features,
+            ..Self::default()
+        };
         match rest.as_slice() {
             [] => {
                 let lower = p.os.to_lowercase();
@@ -181,12 +236,30 @@ fn split_os(text: &str) -> Option<(String, String, Vec<String>)> {
     let inner = rest.strip_suffix(')')?;
     let mut parts = inner.split('+');
     let version = parts.next().unwrap_or_default().to_owned();
-    Some((os.to_owned(), version, parts.filter(|s| !s.is_empty()).map(str::to_owned).collect()))
+    Some((
+        os.to_owned(),
+        version,
+        parts.filter(|s| !s.is_empty()).map(str::to_owned).collect(),
+    ))
 }
 
 const KNOWN_OS: &[&str] = &[
-    "aix", "android", "darwin", "dragonfly", "freebsd", "illumos", "ios", "js", "linux", "macos", "netbsd", "openbsd",
-    "plan9", "solaris", "wasip1", "windows",
+    "aix",
+    "android",
+    "darwin",
+    "dragonfly",
+    "freebsd",
+    "illumos",
+    "ios",
+    "js",
+    "linux",
+    "macos",
+    "netbsd",
+    "openbsd",
+    "plan9",
+    "solaris",
+    "wasip1",
+    "windows",
 ];
 
 const KNOWN_ARCH: &[&str] = &[
