@@ -58,7 +58,11 @@ pub enum LlbError {
 
 impl LlbError {
     pub(crate) fn invalid(kind: &'static str, reason: impl Into<String>) -> Self {
-        Self::Invalid { kind, reason: reason.into(), vertex: None }
+        Self::Invalid {
+            kind,
+            reason: reason.into(),
+            vertex: None,
+        }
     }
 
     /// The vertex the error is about, if there is one.

@@ -116,7 +116,13 @@ impl Graph {
         root: Option<Edge>,
         source_map: SourceMap,
     ) -> Self {
-        Self { inner: Arc::new(Inner { vertices, root, source_map }) }
+        Self {
+            inner: Arc::new(Inner {
+                vertices,
+                root,
+                source_map,
+            }),
+        }
     }
 
     /// The requested edge; `None` is the empty result.
@@ -152,9 +158,15 @@ impl Graph {
     /// The same graph with other vertices wanted: `root` must be an edge of it.
     pub fn with_root(&self, root: Edge) -> Result<Self, LlbError> {
         if !self.inner.vertices.contains_key(&root.vertex) {
-            return Err(LlbError::MissingInput { vertex: root.vertex.0.to_string() });
+            return Err(LlbError::MissingInput {
+                vertex: root.vertex.0.to_string(),
+            });
         }
-        Ok(Self::from_parts(self.inner.vertices.clone(), Some(root), self.inner.source_map.clone()))
+        Ok(Self::from_parts(
+            self.inner.vertices.clone(),
+            Some(root),
+            self.inner.source_map.clone(),
+        ))
     }
 }
 

@@ -48,8 +48,7 @@ pub mod auth {
     #[doc(inline)]
     pub use super::generated::moby::filesync::v1::{
         CredentialsRequest, CredentialsResponse, FetchTokenRequest, FetchTokenResponse, GetTokenAuthorityRequest,
-        GetTokenAuthorityResponse, VerifyTokenAuthorityRequest, VerifyTokenAuthorityResponse, auth_client,
-        auth_server,
+        GetTokenAuthorityResponse, VerifyTokenAuthorityRequest, VerifyTokenAuthorityResponse, auth_client, auth_server,
     };
 }
 

@@ -22,7 +22,12 @@ pub struct ExecOp {
 impl ExecOp {
     /// Number of outputs: one more than the highest output index of a mount that can have one.
     pub fn outputs(&self) -> u32 {
-        self.mounts.iter().filter_map(ExecMount::output_index).map(|i| i + 1).max().unwrap_or(0)
+        self.mounts
+            .iter()
+            .filter_map(ExecMount::output_index)
+            .map(|i| i + 1)
+            .max()
+            .unwrap_or(0)
     }
 }
 

@@ -14,7 +14,12 @@ pub struct FileOp {
 impl FileOp {
     /// Number of outputs: one more than the highest output index.
     pub fn outputs(&self) -> u32 {
-        self.actions.iter().filter_map(|a| a.output).map(|i| i + 1).max().unwrap_or(0)
+        self.actions
+            .iter()
+            .filter_map(|a| a.output)
+            .map(|i| i + 1)
+            .max()
+            .unwrap_or(0)
     }
 }
 

@@ -9,10 +9,13 @@ mod source;
 mod structure;
 
 pub use exec::{
-    CacheMountOpt, CacheSharing, CdiDevice, ExecMeta, ExecOp, ExecMount, HostIp, MountContentCache, MountType, NetMode,
+    CacheMountOpt, CacheSharing, CdiDevice, ExecMeta, ExecMount, ExecOp, HostIp, MountContentCache, MountType, NetMode,
     ProxyEnv, SecretEnv, SecretMountOpt, SecurityMode, SshMountOpt, TmpfsOpt, Ulimit,
 };
-pub use file::{ChownOpt, CopyAction, FileAction, FileActionKind, FileOp, MkDirAction, MkFileAction, RmAction, SymlinkAction, UserOpt};
+pub use file::{
+    ChownOpt, CopyAction, FileAction, FileActionKind, FileOp, MkDirAction, MkFileAction, RmAction, SymlinkAction,
+    UserOpt,
+};
 pub use source::SourceOp;
 pub use structure::{BuildOp, DiffOp, MergeOp, PassthroughOp};
 

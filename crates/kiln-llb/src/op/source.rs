@@ -19,7 +19,9 @@ impl SourceOp {
 
     /// The part after `://`; the whole identifier if there is none.
     pub fn reference(&self) -> &str {
-        self.identifier.split_once("://").map_or(self.identifier.as_str(), |(_, reference)| reference)
+        self.identifier
+            .split_once("://")
+            .map_or(self.identifier.as_str(), |(_, reference)| reference)
     }
 
     /// An attribute's text, if set.
