@@ -1,2 +1,10 @@
-//! To be described.
+//! `kilnd`, the daemon.
+
+mod config;
+mod flags;
+mod listen;
+mod size;
+mod spool;
+mod status;
+
 fn main() {}
