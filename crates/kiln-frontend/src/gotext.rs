@@ -213,27 +213,7 @@ pub(crate) fn format_duration(nanos: i64) -> String {
 
 /// The shortest path with the same meaning, by text alone (`path.Clean`).
 pub(crate) fn clean_path(path: &str) -> String {
-    let rooted = path.starts_with('/');
-    let mut parts: Vec<&str> = Vec::new();
-    for part in path.split('/') {
-        match part {
-            "" | "." => {}
-            ".." => match parts.last() {
-                Some(&last) if last != ".." => {
-                    parts.pop();
-                }
-                _ if rooted => {}
-                _ => parts.push(".."),
-            },
-            part => parts.push(part),
-        }
-    }
-    let joined = parts.join("/");
-    match (rooted, joined.is_empty()) {
-        (true, _) => format!("/{joined}"),
-        (false, true) => ".".to_owned(),
-        (false, false) => joined,
-    }
+    kiln_match::path::clean_str(path)
 }
 
 /// `a/b`, cleaned; empty parts vanish (`path.Join`).
@@ -345,31 +325,6 @@ pub(crate) fn parse_ram_size(text: &str) -> Option<i64> {
         return None;
     }
     Some((value * scale) as i64)
-}
-
-/// `value` as Go's `encoding/json` writes it: compact, and with `<`, `>`, `&`, U+2028 and U+2029 escaped.
-pub(crate) fn json(value: &impl serde::Serialize) -> String {
-    escape_html(&serde_json::to_string(value).unwrap_or_default())
-}
-
-/// As [`json`], indented by two spaces.
-pub(crate) fn json_indented(value: &impl serde::Serialize) -> String {
-    escape_html(&serde_json::to_string_pretty(value).unwrap_or_default())
-}
-
-fn escape_html(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    for c in text.chars() {
-        match c {
-            '<' => out.push_str("\\u003c"),
-            '>' => out.push_str("\\u003e"),
-            '&' => out.push_str("\\u0026"),
-            '\u{2028}' => out.push_str("\\u2028"),
-            '\u{2029}' => out.push_str("\\u2029"),
-            c => out.push(c),
-        }
-    }
-    out
 }
 
 #[cfg(test)]

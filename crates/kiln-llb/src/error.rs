@@ -48,6 +48,9 @@ pub enum LlbError {
         /// The vertex, once known.
         vertex: Option<crate::VertexDigest>,
     },
+    /// A step under construction lacks something; the text says what.
+    #[error("{0}")]
+    Empty(&'static str),
     /// An operation needs something this daemon cannot do.
     #[error("unsupported llb capability {id}: unknown or disabled in this daemon")]
     Capability {

@@ -517,7 +517,7 @@ mod tests {
                 ("${f%.*} ${f%%.*} ${f#*.}", "a.tar a tar.gz"),
                 ("${p/\\//-} ${p//\\//-} ${p//l*l/L}", "-usr/local/bin -usr-local-bin /usr/L/bin"),
                 ("${d#a\\$}", "! failed to process \"${d#a\\\\$}\": invalid pattern (a\\$) in substitution: invalid escape '\\$'"),
-                ("${v//a/[$d]}", "v[ab]lue"),
+                ("${v//a/[$d]}", "v[a]lue"),
                 ("${v/a/[$d]}", "v[a$1b]lue"),
                 ("$$ $(cmd) $1x $! $", " $(cmd) x  $"),
                 ("${u:-${v:-w}}", "value"),

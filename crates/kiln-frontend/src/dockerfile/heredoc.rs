@@ -102,7 +102,7 @@ mod tests {
             ("RUN x \"<<EOF\"", vec![]),
             ("RUN x <<", vec![]),
             ("RUN echo it's <<EOF", vec![]),
-            ("RUN ${x:=1} <<EOF", vec![]),
+            ("RUN ${x^} <<EOF", vec![]),
             ("RUN <<E\\OF", vec!["EOF"]),
             ("RUN <<$x", vec!["$x"]),
             ("RUN a<<EOF", vec![]),
