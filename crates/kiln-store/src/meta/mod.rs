@@ -1,0 +1,289 @@
+//! The index: small tables over what lies on disk, behind one commit call. Never the only copy of anything that has a
+//! tree; everything else in it can be computed again.
+//!
+//! A commit is appended to a journal file (one `write`, so it survives the end of the process), applied to the tables
+//! (visible at once), and made durable later by a background group sync, after which the journal starts anew. Opening
+//! replays what the journal holds beyond the tables.
+
+mod journal;
+mod memory;
+mod sled_open;
+mod sled_tables;
+
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::error::{Result, StoreError};
+use crate::record_file;
+
+use journal::Journal;
+#[cfg(test)]
+pub(crate) use memory::MemoryTables;
+
+/// The tables. The byte is the table's name in the journal and, as text, in the engine; never reuse one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) enum Table {
+    /// Layer id -> layer record.
+    Layers,
+    /// Layer id -> last use and count.
+    Usage,
+    /// Tree id -> tree record.
+    Trees,
+    /// Digest -> blob record.
+    Blobs,
+    /// Record id -> cache record.
+    Records,
+    /// Key digest -> record id.
+    Keys,
+    /// Layer id, record id -> nothing; which records lose an output when a layer goes.
+    Outputs,
+    /// Record id, version, selector -> content digest.
+    Aliases,
+    /// Layer id of a snapshot, selector -> content digest, diff id of a tree and the like: facts about immutable things.
+    Facts,
+}
+
+impl Table {
+    /// All tables.
+    pub(crate) const ALL: [Self; 9] = [
+        Self::Layers,
+        Self::Usage,
+        Self::Trees,
+        Self::Blobs,
+        Self::Records,
+        Self::Keys,
+        Self::Outputs,
+        Self::Aliases,
+        Self::Facts,
+    ];
+
+    /// Name in the journal.
+    pub(crate) const fn code(self) -> u8 {
+        match self {
+            Self::Layers => b'l',
+            Self::Usage => b'u',
+            Self::Trees => b't',
+            Self::Blobs => b'b',
+            Self::Records => b'r',
+            Self::Keys => b'k',
+            Self::Outputs => b'o',
+            Self::Aliases => b'a',
+            Self::Facts => b'f',
+        }
+    }
+
+    fn from_code(code: u8) -> Option<Self> {
+        Self::ALL.into_iter().find(|t| t.code() == code)
+    }
+}
+
+/// One change of one key; `None` removes it. Values are sealed (version and checksum).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Change {
+    pub(crate) table: Table,
+    pub(crate) key: Vec<u8>,
+    pub(crate) value: Option<Vec<u8>>,
+}
+
+/// Changes that take effect together.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Batch {
+    pub(crate) changes: Vec<Change>,
+}
+
+impl Batch {
+    pub(crate) fn new() -> Self {
+        Self::default()
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.changes.is_empty()
+    }
+
+    pub(crate) fn put<T: Serialize>(&mut self, table: Table, key: impl Into<Vec<u8>>, value: &T) -> Result<()> {
+        self.changes.push(Change { table, key: key.into(), value: Some(record_file::encode(value)?) });
+        Ok(())
+    }
+
+    pub(crate) fn remove(&mut self, table: Table, key: impl Into<Vec<u8>>) {
+        self.changes.push(Change { table, key: key.into(), value: None });
+    }
+}
+
+/// An ordered key-value engine with several tables. Two implementations: sled, and memory in tests (the oracle).
+pub(crate) trait MetaStore: Send + Sync {
+    /// The raw value of a key.
+    fn get(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>>;
+    /// Applies all changes or none, visible at once, durable only after [`MetaStore::sync`].
+    fn apply(&self, changes: &[Change]) -> Result<()>;
+    /// Calls `each` for every key with the prefix, in order, until told to stop.
+    fn scan(&self, table: Table, prefix: &[u8], each: &mut Each<'_>) -> Result<()>;
+    /// Returns when everything applied before is on the device.
+    fn sync(&self) -> Result<()>;
+}
+
+/// Callback of [`MetaStore::scan`]: key and raw value.
+pub(crate) type Each<'a> = dyn FnMut(&[u8], &[u8]) -> ControlFlow<()> + 'a;
+
+/// How opening the index went.
+#[derive(Debug, Default)]
+pub(crate) struct IndexOpened {
+    /// There was no index, or it could not be used (why): it has to be rebuilt.
+    pub(crate) rebuild: Option<String>,
+    /// Commits taken from the journal.
+    pub(crate) replayed: usize,
+    /// The tables were copied into a fresh store, because the old one was mostly dead data.
+    pub(crate) compacted: bool,
+}
+
+/// The index of one state directory.
+pub(crate) struct Index {
+    dir: PathBuf,
+    tables: Box<dyn MetaStore>,
+    journal: Mutex<Journal>,
+    damaged: AtomicU64,
+    broken: AtomicBool,
+}
+
+impl Index {
+    /// Opens or creates the index in `dir`. An unusable one is moved to `aside` and replaced by an empty one, with the
+    /// reason reported.
+    pub(crate) fn open(dir: &Path, aside: &Path) -> Result<(Self, IndexOpened)> {
+        let mut opened = IndexOpened::default();
+        let tables = sled_open::open(dir, aside, &mut opened)?;
+        Self::with_tables(dir, tables, opened)
+    }
+
+    /// The same over a given engine.
+    pub(crate) fn with_tables(
+        dir: &Path,
+        tables: Box<dyn MetaStore>,
+        mut opened: IndexOpened,
+    ) -> Result<(Self, IndexOpened)> {
+        let (journal, batches, torn) = Journal::open(dir)?;
+        if opened.rebuild.is_none() {
+            for batch in &batches {
+                tables.apply(batch)?;
+            }
+            opened.replayed = batches.len();
+        }
+        if let Some(at) = torn {
+            tracing::info!(file = %at.display(), "the last journal entry was not complete; ignored");
+        }
+        let index = Self {
+            dir: dir.to_owned(),
+            tables,
+            journal: Mutex::new(journal),
+            damaged: AtomicU64::new(0),
+            broken: AtomicBool::new(false),
+        };
+        if opened.replayed > 0 || torn_or_new(&batches) {
+            index.sync()?;
+        }
+        Ok((index, opened))
+    }
+
+    /// Applies all changes or none. When this returns the changes survive the end of the process.
+    pub(crate) fn commit(&self, batch: &Batch) -> Result<()> {
+        if batch.is_empty() {
+            return Ok(());
+        }
+        // The journal's order must be the order of application, so this one lock spans one short write.
+        let mut journal = self.journal.lock();
+        journal.append(&batch.changes)?;
+        self.note(self.tables.apply(&batch.changes))
+    }
+
+    /// The value of a key. A damaged value counts as missing and is counted.
+    pub(crate) fn get<T: DeserializeOwned>(&self, table: Table, key: &[u8]) -> Result<Option<T>> {
+        let Some(raw) = self.note(self.tables.get(table, key))? else { return Ok(None) };
+        match record_file::decode(&raw) {
+            Ok(value) => Ok(Some(value)),
+            Err(reason) => {
+                self.damaged.fetch_add(1, Ordering::Relaxed);
+                tracing::warn!(?table, reason, "a value in the index is damaged; treated as missing");
+                Ok(None)
+            }
+        }
+    }
+
+    /// Every key with a prefix and its value; damaged ones are skipped and counted.
+    pub(crate) fn scan<T: DeserializeOwned>(
+        &self,
+        table: Table,
+        prefix: &[u8],
+        mut each: impl FnMut(&[u8], T) -> ControlFlow<()>,
+    ) -> Result<()> {
+        let mut damaged = 0;
+        let outcome = self.tables.scan(table, prefix, &mut |key, raw| match record_file::decode(raw) {
+            Ok(value) => each(key, value),
+            Err(_) => {
+                damaged += 1;
+                ControlFlow::Continue(())
+            }
+        });
+        self.damaged.fetch_add(damaged, Ordering::Relaxed);
+        self.note(outcome)
+    }
+
+    /// Values found damaged since opening.
+    pub(crate) fn damaged(&self) -> u64 {
+        self.damaged.load(Ordering::Relaxed)
+    }
+
+    /// Whether there are commits that only the journal holds.
+    pub(crate) fn is_dirty(&self) -> bool {
+        !self.journal.lock().is_empty()
+    }
+
+    /// Group commit: everything committed before is on the device when this returns.
+    pub(crate) fn sync(&self) -> Result<()> {
+        let sealed = self.journal.lock().rotate()?;
+        self.note(self.tables.sync())?;
+        Journal::forget(&self.dir, sealed)
+    }
+
+    /// An engine that failed once is not believed on the next start.
+    fn note<T>(&self, outcome: Result<T>) -> Result<T> {
+        if outcome.is_err() && !self.broken.swap(true, Ordering::AcqRel) {
+            let marker = self.dir.join(sled_open::BROKEN);
+            if let Err(error) = std::fs::write(&marker, b"") {
+                tracing::warn!(%error, "could not mark the index as broken");
+            }
+        }
+        outcome
+    }
+}
+
+fn torn_or_new(batches: &[Vec<Change>]) -> bool {
+    batches.is_empty()
+}
+
+impl std::fmt::Debug for Index {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Index").field("dir", &self.dir).finish_non_exhaustive()
+    }
+}
+
+/// Turns a panic of the engine into an error.
+pub(crate) fn caught<T>(what: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
+    match std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)) {
+        Ok(outcome) => outcome,
+        Err(panic) => {
+            let text = panic
+                .downcast_ref::<String>()
+                .map(String::as_str)
+                .or_else(|| panic.downcast_ref::<&str>().copied())
+                .unwrap_or("unknown panic");
+            Err(StoreError::Index(format!("{what}: the engine panicked: {text}")))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
