@@ -108,6 +108,14 @@ pub enum StoreError {
         /// What is wrong with it.
         reason: String,
     },
+    /// Somebody else is using it at the moment.
+    #[error("{what} {id} is in use")]
+    Busy {
+        /// The kind of thing: `ingest`, `layer`.
+        what: &'static str,
+        /// Its id.
+        id: String,
+    },
     /// The index refused an operation.
     #[error("index: {0}")]
     Index(String),
@@ -117,7 +125,7 @@ pub enum StoreError {
     /// A path or feature that this machine or this build of Kiln does not support.
     #[error("not supported: {0}")]
     Unsupported(String),
-    /// The caller's [`Stop`](crate::stop::Stop) token was set.
+    /// The caller's [`Stop`](kiln_fs::Stop) token was set.
     #[error("canceled")]
     Canceled,
     /// A background task of the store ended abnormally.
@@ -129,6 +137,22 @@ pub enum StoreError {
     /// An error that was shared with several waiters.
     #[error("{0}")]
     Shared(std::sync::Arc<StoreError>),
+}
+
+impl From<kiln_fs::Stopped> for StoreError {
+    fn from(_: kiln_fs::Stopped) -> Self {
+        Self::Canceled
+    }
+}
+
+impl From<kiln_fs::Error> for StoreError {
+    fn from(error: kiln_fs::Error) -> Self {
+        match error {
+            kiln_fs::Error::Io { op, path, source } => Self::Io { action: op, path, source },
+            kiln_fs::Error::BadPath { op, path } => Self::Invalid(format!("{op} {}: not a usable path", path.display())),
+            kiln_fs::Error::Stopped(_) => Self::Canceled,
+        }
+    }
 }
 
 impl StoreError {
@@ -145,7 +169,7 @@ impl StoreError {
         }
     }
 
-    /// Whether the cause is a canceled [`Stop`](crate::stop::Stop) token.
+    /// Whether the cause is a canceled [`Stop`](kiln_fs::Stop) token.
     pub fn is_canceled(&self) -> bool {
         matches!(self.root(), Self::Canceled)
     }

@@ -100,7 +100,8 @@ fn numbers(dir: &Path) -> Result<Vec<u64>> {
     let mut numbers = Vec::new();
     for entry in fs::read_dir(dir).during("list", dir)? {
         let entry = entry.during("list", dir)?;
-        let number = entry.file_name().to_str().and_then(|n| n.strip_prefix("journal.")?.parse().ok());
+        let number: Option<u64> =
+            entry.file_name().to_str().and_then(|n| n.strip_prefix("journal.")).and_then(|n| n.parse().ok());
         numbers.extend(number);
     }
     numbers.sort_unstable();

@@ -172,7 +172,7 @@ impl Index {
             }
             opened.replayed = batches.len();
         }
-        if let Some(at) = torn {
+        if let Some(at) = &torn {
             tracing::info!(file = %at.display(), "the last journal entry was not complete; ignored");
         }
         let index = Self {
@@ -182,7 +182,7 @@ impl Index {
             damaged: AtomicU64::new(0),
             broken: AtomicBool::new(false),
         };
-        if opened.replayed > 0 || torn_or_new(&batches) {
+        if opened.replayed > 0 || torn.is_some() {
             index.sync()?;
         }
         Ok((index, opened))
@@ -258,10 +258,6 @@ impl Index {
         }
         outcome
     }
-}
-
-fn torn_or_new(batches: &[Vec<Change>]) -> bool {
-    batches.is_empty()
 }
 
 impl std::fmt::Debug for Index {

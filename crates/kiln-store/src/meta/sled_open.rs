@@ -11,6 +11,8 @@ use crate::error::{IoContext as _, Result, StoreError};
 const ENGINE: &str = "sled";
 /// Where a rewritten copy is made.
 const FRESH: &str = "sled.fresh";
+/// The engine's directory while a rewritten copy takes its place.
+const OLD: &str = "sled.old";
 /// A file of this name says that the engine failed while it was in use.
 pub(super) const BROKEN: &str = "broken";
 /// A rewrite is worth it from this many bytes on disk.
@@ -26,6 +28,11 @@ pub(super) fn open(dir: &Path, aside: &Path, opened: &mut IndexOpened) -> Result
     let engine = dir.join(ENGINE);
     remove_dir(&dir.join(FRESH))?;
     let marker = dir.join(BROKEN);
+    let old = dir.join(OLD);
+    if old.exists() && !engine.exists() {
+        fs::rename(&old, &engine).during("rename", &old)?;
+    }
+    remove_dir(&old)?;
     let existed = engine.exists();
     let usable = if marker.exists() {
         Err(StoreError::Index("the engine failed when it was last used".into()))
@@ -99,10 +106,8 @@ fn compact_if_worth(dir: &Path, engine: &Path, tables: SledTables, opened: &mut 
         return Ok(tables);
     }
     drop(tables);
-    // Both are complete at this point; between the two renames only the fresh one has its name, so `open` finds
-    // either the old engine, or none and the set-aside copy, which leads to a rebuild and not to a wrong index.
-    let old: PathBuf = dir.join("sled.old");
-    remove_dir(&old)?;
+    // Both are complete; a crash between the two renames is mended by `open`, which takes the old one back.
+    let old: PathBuf = dir.join(OLD);
     fs::rename(engine, &old).during("rename", engine)?;
     fs::rename(&fresh, engine).during("rename", &fresh)?;
     remove_dir(&old)?;
