@@ -179,6 +179,11 @@ impl StoreError {
         matches!(self.root(), Self::NotFound { .. } | Self::BlobUnavailable { .. })
     }
 
+    /// Whether the cause is that a file or directory does not exist.
+    pub fn is_missing_file(&self) -> bool {
+        matches!(self.root(), Self::Io { source, .. } if source.kind() == io::ErrorKind::NotFound)
+    }
+
     /// Whether the disk, or Kiln's own limit on it, is full.
     pub fn is_no_space(&self) -> bool {
         match self.root() {

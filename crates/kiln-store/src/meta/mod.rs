@@ -148,6 +148,24 @@ pub(crate) struct Index {
     journal: Mutex<Journal>,
     damaged: AtomicU64,
     broken: AtomicBool,
+    /// Number of the last group sync, in the tables and in the stamp file: an engine that silently forgot some of its
+    /// log (sled cuts it at the first damaged page) is found out by it.
+    sequence: AtomicU64,
+}
+
+/// Key of the sync number among the facts.
+const SEQUENCE: &[u8] = b"\0sequence";
+
+fn read_stamp(dir: &Path) -> u64 {
+    match record_file::read::<u64>(&dir.join("stamp")) {
+        Ok(stamp) => stamp,
+        Err(error) => {
+            if !error.is_missing_file() {
+                tracing::warn!(%error, "the index has no readable stamp; its completeness is not checked");
+            }
+            0
+        }
+    }
 }
 
 impl Index {
@@ -165,6 +183,17 @@ impl Index {
         tables: Box<dyn MetaStore>,
         mut opened: IndexOpened,
     ) -> Result<(Self, IndexOpened)> {
+        let stamp = read_stamp(dir);
+        let mut sequence = 0;
+        if opened.rebuild.is_none() {
+            sequence = match tables.get(Table::Facts, SEQUENCE)?.map(|raw| record_file::decode::<u64>(&raw)) {
+                Some(Ok(sequence)) => sequence,
+                Some(Err(_)) | None => 0,
+            };
+            if sequence < stamp {
+                opened.rebuild = Some(format!("the engine lost commits {} to {stamp}", sequence + 1));
+            }
+        }
         let (journal, batches, torn) = Journal::open(dir)?;
         if opened.rebuild.is_none() {
             for batch in &batches {
@@ -181,6 +210,7 @@ impl Index {
             journal: Mutex::new(journal),
             damaged: AtomicU64::new(0),
             broken: AtomicBool::new(false),
+            sequence: AtomicU64::new(sequence.max(stamp)),
         };
         if opened.replayed > 0 || torn.is_some() {
             index.sync()?;
@@ -244,7 +274,14 @@ impl Index {
     /// Group commit: everything committed before is on the device when this returns.
     pub(crate) fn sync(&self) -> Result<()> {
         let sealed = self.journal.lock().rotate()?;
-        self.note(self.tables.sync())?;
+        let sequence = self.sequence.fetch_add(1, Ordering::AcqRel) + 1;
+        let mark = Change {
+            table: Table::Facts,
+            key: SEQUENCE.to_vec(),
+            value: Some(record_file::encode(&sequence)?),
+        };
+        self.note(self.tables.apply(std::slice::from_ref(&mark)).and_then(|()| self.tables.sync()))?;
+        record_file::write(&self.dir.join("stamp"), &sequence)?;
         Journal::forget(&self.dir, sealed)
     }
 
