@@ -64,7 +64,7 @@ impl Filter {
             let (hit, info) = include.matches_below(path, &parent.include);
             if !hit {
                 keep = false;
-                below = below && may_match_below(include, path);
+                below = below && include.may_match_below(path);
             }
             state.include = info;
         }
@@ -89,24 +89,6 @@ impl Filter {
     pub fn matches(&self, path: &[u8]) -> bool {
         self.include.as_ref().is_none_or(|m| m.matches(path)) && !self.exclude.as_ref().is_some_and(|m| m.matches(path))
     }
-}
-
-/// Whether some plain pattern could match something below directory `dir`: its elements before the first wildcard must
-/// agree with those of `dir`. May say yes where nothing is found, never no where something would be.
-fn may_match_below(include: &PatternMatcher, dir: &[u8]) -> bool {
-    include.patterns().iter().filter(|p| !p.exclusion).any(|pattern| {
-        let mut wanted = pattern.text.as_bytes().split(|b| *b == b'/');
-        for have in dir.split(|b| *b == b'/') {
-            match wanted.next() {
-                Some(part) if part.iter().any(|b| b"*?[]\\^".contains(b)) => return true,
-                Some(part) if part == have => {}
-                Some(_) => return false,
-                // The pattern ended above: it matched an ancestor, or nothing here.
-                None => return true,
-            }
-        }
-        true
-    })
 }
 
 /// The proper parents of a relative path, outermost first.

@@ -23,10 +23,10 @@ pub struct PatternMatcher {
 pub struct MatchInfo(Vec<bool>);
 
 #[derive(Clone, Debug)]
-pub(crate) struct Pattern {
+struct Pattern {
     kind: Kind,
-    pub(crate) exclusion: bool,
-    pub(crate) text: String,
+    exclusion: bool,
+    text: String,
 }
 
 #[derive(Clone, Debug)]
@@ -79,8 +79,22 @@ impl PatternMatcher {
         self.exclusions
     }
 
-    pub(crate) fn patterns(&self) -> &[Pattern] {
-        &self.patterns
+    /// Whether some plain pattern could match something below directory `dir`: its elements before the first wildcard
+    /// must agree with those of `dir`. May say yes where nothing is found, never no where something would be.
+    pub fn may_match_below(&self, dir: &[u8]) -> bool {
+        self.patterns.iter().filter(|p| !p.exclusion).any(|pattern| {
+            let mut wanted = pattern.text.as_bytes().split(|b| *b == b'/');
+            for have in dir.split(|b| *b == b'/') {
+                match wanted.next() {
+                    Some(part) if part.iter().any(|b| b"*?[]\\^".contains(b)) => return true,
+                    Some(part) if part == have => {}
+                    Some(_) => return false,
+                    // The pattern ended above: it matched an ancestor, or nothing here.
+                    None => return true,
+                }
+            }
+            true
+        })
     }
 
     /// Whether `path` (relative, clean, slash-separated) or one of its parents is matched.
@@ -114,7 +128,7 @@ impl PatternMatcher {
 }
 
 impl Pattern {
-    pub(crate) fn is_match(&self, path: &[u8]) -> bool {
+    fn is_match(&self, path: &[u8]) -> bool {
         match &self.kind {
             Kind::Exact(text) => path == text,
             Kind::Prefix(head) => path.starts_with(head),

@@ -2,6 +2,7 @@
 //!
 //! Tour:
 //! - [`error`]: how work fails. [`ids`]: what things are called and whose they are.
+//! - Trees: [`manifest`] (what is in one), [`tree`] (one on disk), [`view`] (what a stack of them shows).
 //!
 //! Absent on purpose: builds, vertices, sessions, registries. A blob that is not here arrives through a provider the
 //! caller brings.
@@ -14,3 +15,12 @@ mod record_file;
 pub use error::{Result, StoreError};
 pub use ids::{DirId, LayerId, RecordId, RecordType, Tenant, Time, TreeId};
 pub use kiln_fs::{Stop, StopGuard};
+
+// Trees of files: what a layer is on disk and what is done with it.
+pub mod manifest;
+pub mod tree;
+pub mod view;
+
+pub use manifest::{Entry, Kind, Manifest, Usage};
+pub use tree::{OverlayXattr, Tree, TreeBuilder};
+pub use view::{Node, View};
