@@ -98,14 +98,10 @@ impl Platform {
         if image.os != machine.os {
             return None;
         }
-        let mut score = 0;
-        for (arch, variant) in kinds_run_by(&machine.architecture, &machine.variant) {
-            if image.architecture == arch && image.variant == variant {
-                return Some(score);
-            }
-            score += 1;
-        }
-        None
+        kinds_run_by(&machine.architecture, &machine.variant)
+            .iter()
+            .position(|(arch, variant)| image.architecture == *arch && image.variant == *variant)
+            .and_then(|at| u32::try_from(at).ok())
     }
 
     /// Whether nothing is set.
