@@ -150,11 +150,8 @@ impl<W: Worker> JobInner<W> {
                         if is_source {
                             cx.progress().start();
                         }
-                        let map = op
-                            .cache_map(&cx)
-                            .await
-                            .map(Arc::new)
-                            .map_err(|e| SolveError::new(digest, e));
+                        let map = op.cache_map(&cx).await.map_err(|e| SolveError::new(digest, e));
+                        let map = map.map(|map| Mapped { op, map: Arc::new(map) });
                         if let Err(error) = &map {
                             if !is_source {
                                 cx.progress().start();
@@ -172,15 +169,15 @@ impl<W: Worker> JobInner<W> {
             match self.at(node, ticket.wait().await) {
                 Err(error) if error.is_personal() && !ticket.starter => {}
                 Err(error) => return Err(error),
-                Ok(map) => {
-                    let wrong = if map.keys.is_empty() {
-                        "no key"
-                    } else if map.deps.len() != node.inputs.len() {
+                Ok(mapped) => {
+                    let missing = if mapped.map.keys.is_empty() {
+                        "a digest"
+                    } else if mapped.map.deps.len() != node.inputs.len() {
                         "a dependency for each input"
                     } else {
-                        return Ok(Mapped { op, map });
+                        return Ok(mapped);
                     };
-                    let message = format!("the operation of `{}` was keyed without {wrong}", node.vertex.name());
+                    let message = format!("the operation of `{}` was keyed without {missing}", node.vertex.name());
                     return Err(SolveError::new(digest, W::Error::internal(message)));
                 }
             }

@@ -25,6 +25,9 @@ pub trait Worker: Send + Sync + Sized + 'static {
 
 /// One operation: how it is keyed, and how it is carried out.
 ///
+/// The value that answered [`cache_map`](Self::cache_map) also serves the other calls, of this job and of any other that
+/// waited for the same answer, so it may keep what it found out.
+///
 /// All three methods are cancelled by dropping the future. Work on other threads that outlives the future must hold a
 /// [`OpContext::teardown`] guard, so that the same work does not start again before it is over.
 #[async_trait]

@@ -13,8 +13,8 @@ use crate::cache_key::{KeyId, LinkId};
 use crate::context::OpContext;
 use crate::error::SolveError;
 use crate::flight::Flights;
-use crate::job::{Job, JobSpec};
-use crate::op::{CacheMap, Worker};
+use crate::job::{Job, JobSpec, Mapped};
+use crate::op::Worker;
 use crate::spool::{LogSpool, MemorySpool};
 
 /// How a solver behaves.
@@ -148,7 +148,7 @@ pub(crate) struct SolverInner<W: Worker> {
     pub(crate) cache: Arc<dyn CacheStore<W::Ref>>,
     pub(crate) permits: Option<Arc<Semaphore>>,
     pub(crate) spool: Arc<dyn LogSpool>,
-    pub(crate) maps: Arc<Flights<MapId, OpContext<W>, Result<Arc<CacheMap>, SolveError<Error<W>>>>>,
+    pub(crate) maps: Arc<Flights<MapId, OpContext<W>, Result<Mapped<W>, SolveError<Error<W>>>>>,
     pub(crate) contents: Arc<Flights<ContentId, OpContext<W>, Result<Digest, RunFailure<Error<W>>>>>,
     pub(crate) runs: Arc<Flights<RunId, OpContext<W>, Result<Ran<Value<W>>, RunFailure<Error<W>>>>>,
     unsaved: AtomicU64,
