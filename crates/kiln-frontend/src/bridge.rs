@@ -42,7 +42,11 @@ pub enum BridgeErrorKind {
 impl BridgeError {
     /// An error of kind [`BridgeErrorKind::Other`].
     pub fn new(message: impl Into<String>) -> Self {
-        Self { kind: BridgeErrorKind::Other, message: message.into(), source: None }
+        Self {
+            kind: BridgeErrorKind::Other,
+            message: message.into(),
+            source: None,
+        }
     }
 
     /// The same error with another kind.
@@ -121,7 +125,11 @@ pub struct FrontendResult<R> {
 
 impl<R> Default for FrontendResult<R> {
     fn default() -> Self {
-        Self { refs: ResultRefs::Single(None), metadata: BTreeMap::new(), attestations: BTreeMap::new() }
+        Self {
+            refs: ResultRefs::Single(None),
+            metadata: BTreeMap::new(),
+            attestations: BTreeMap::new(),
+        }
     }
 }
 

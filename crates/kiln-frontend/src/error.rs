@@ -22,7 +22,11 @@ pub struct DockerfileError {
 impl DockerfileError {
     /// An error without a place.
     pub fn new(message: impl Into<String>) -> Self {
-        Self { message: message.into(), spans: Vec::new(), cause: None }
+        Self {
+            message: message.into(),
+            spans: Vec::new(),
+            cause: None,
+        }
     }
 
     /// An error at `span`.
@@ -79,7 +83,11 @@ impl DockerfileError {
 
 impl From<BridgeError> for DockerfileError {
     fn from(error: BridgeError) -> Self {
-        Self { message: error.to_string(), spans: Vec::new(), cause: Some(error) }
+        Self {
+            message: error.to_string(),
+            spans: Vec::new(),
+            cause: Some(error),
+        }
     }
 }
 

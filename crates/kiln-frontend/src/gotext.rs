@@ -19,7 +19,11 @@ pub(crate) fn parse_bool(text: &str) -> Option<bool> {
 
 /// `strconv.ParseInt` and friends: the message of a failed conversion with function `func`.
 pub(crate) fn number_error(func: &str, text: &str, overflow: bool) -> String {
-    let why = if overflow { "value out of range" } else { "invalid syntax" };
+    let why = if overflow {
+        "value out of range"
+    } else {
+        "invalid syntax"
+    };
     format!("strconv.{func}: parsing {}: {why}", quote(text))
 }
 
@@ -67,7 +71,9 @@ pub(crate) fn quote(text: &str) -> String {
             c if c < ' ' || c == '\u{7f}' => out.push_str(&format!("\\x{:02x}", c as u32)),
             c if c.is_ascii() => out.push(c),
             c => {
-                let printable = UNPRINTABLE.as_ref().is_none_or(|re| !re.is_match(c.encode_utf8(&mut buf)));
+                let printable = UNPRINTABLE
+                    .as_ref()
+                    .is_none_or(|re| !re.is_match(c.encode_utf8(&mut buf)));
                 match (printable, c as u32) {
                     (true, _) => out.push(c),
                     (false, n) if n < 0x10000 => out.push_str(&format!("\\u{n:04x}")),
@@ -141,7 +147,9 @@ pub(crate) fn parse_duration(text: &str) -> Result<i64, String> {
         if int.is_empty() && frac.is_empty() {
             return Err(invalid());
         }
-        let unit_len = after.find(|c: char| c == '.' || c.is_ascii_digit()).unwrap_or(after.len());
+        let unit_len = after
+            .find(|c: char| c == '.' || c.is_ascii_digit())
+            .unwrap_or(after.len());
         let (unit, next) = after.split_at(unit_len);
         if unit.is_empty() {
             return Err(format!("time: missing unit in duration {}", quote(text)));
@@ -153,9 +161,19 @@ pub(crate) fn parse_duration(text: &str) -> Result<i64, String> {
             "s" => 1_000_000_000,
             "m" => 60_000_000_000,
             "h" => 3_600_000_000_000,
-            _ => return Err(format!("time: unknown unit {} in duration {}", quote(unit), quote(text))),
+            _ => {
+                return Err(format!(
+                    "time: unknown unit {} in duration {}",
+                    quote(unit),
+                    quote(text)
+                ));
+            }
         };
-        let whole = if int.is_empty() { 0 } else { int.parse::<u64>().map_err(|_| invalid())? };
+        let whole = if int.is_empty() {
+            0
+        } else {
+            int.parse::<u64>().map_err(|_| invalid())?
+        };
         let fraction = if frac.is_empty() { 0 } else { fraction_of(frac, scale) };
         total += u128::from(whole) * scale + fraction;
         if total > i64::MAX as u128 + u128::from(negative) {
@@ -163,7 +181,11 @@ pub(crate) fn parse_duration(text: &str) -> Result<i64, String> {
         }
         rest = next;
     }
-    Ok(if negative { (total as i128).wrapping_neg() as i64 } else { total as i64 })
+    Ok(if negative {
+        (total as i128).wrapping_neg() as i64
+    } else {
+        total as i64
+    })
 }
 
 /// `0.frac` of `scale`, cut towards zero.
@@ -283,7 +305,11 @@ pub(crate) fn csv_fields(line: &str) -> Result<Vec<String>, String> {
                 None => (rest, None),
             };
             if let Some(i) = field.find('"') {
-                return Err(csv_error(line, line.len() - rest.len() + i + 1, "bare \" in non-quoted-field"));
+                return Err(csv_error(
+                    line,
+                    line.len() - rest.len() + i + 1,
+                    "bare \" in non-quoted-field",
+                ));
             }
             fields.push(field.to_owned());
             match next {
@@ -360,13 +386,25 @@ mod tests {
 
     #[test]
     fn paths_are_cleaned_by_text() {
-        for (path, clean) in
-            [("", "."), ("/", "/"), ("a//b/./c/..", "a/b"), ("../a/../..", "../.."), ("/../a", "/a"), ("a/", "a")]
-        {
+        for (path, clean) in [
+            ("", "."),
+            ("/", "/"),
+            ("a//b/./c/..", "a/b"),
+            ("../a/../..", "../.."),
+            ("/../a", "/a"),
+            ("a/", "a"),
+        ] {
             assert_eq!(clean_path(path), clean, "{path}");
         }
         assert_eq!((base_name("a/b/"), base_name("/"), base_name("")), ("b", "/", "."));
-        assert_eq!((dir_name("a/b").as_str(), dir_name("a").as_str(), dir_name("/a").as_str()), ("a", ".", "/"));
+        assert_eq!(
+            (
+                dir_name("a/b").as_str(),
+                dir_name("a").as_str(),
+                dir_name("/a").as_str()
+            ),
+            ("a", ".", "/")
+        );
     }
 
     #[test]
@@ -376,7 +414,12 @@ mod tests {
 
     #[test]
     fn sizes_in_powers_of_1024() {
-        for (text, bytes) in [("64m", Some(64 << 20)), ("1.5k", Some(1536)), ("10", Some(10)), ("2GiB", Some(2 << 30))] {
+        for (text, bytes) in [
+            ("64m", Some(64 << 20)),
+            ("1.5k", Some(1536)),
+            ("10", Some(10)),
+            ("2GiB", Some(2 << 30)),
+        ] {
             assert_eq!(parse_ram_size(text), bytes, "{text}");
         }
         for bad in ["zz", "", "5x", "1kk", "-1"] {
@@ -386,7 +429,10 @@ mod tests {
 
     #[test]
     fn csv_quotes() {
-        assert_eq!(csv_fields("a=b,\"c=d,e\",\"f\"\"g\"").unwrap(), ["a=b", "c=d,e", "f\"g"]);
+        assert_eq!(
+            csv_fields("a=b,\"c=d,e\",\"f\"\"g\"").unwrap(),
+            ["a=b", "c=d,e", "f\"g"]
+        );
         assert_eq!(csv_fields("").unwrap(), [""]);
         assert!(csv_fields("a,b\"c").is_err());
         assert!(csv_fields("\"a").is_err());

@@ -11,5 +11,7 @@ pub mod dockerfile;
 pub mod error;
 mod gotext;
 
-pub use bridge::{Bridge, BridgeError, BridgeErrorKind, BridgeInfo, Frontend, FrontendResult, ResultRefs, SolveRequest};
+pub use bridge::{
+    Bridge, BridgeError, BridgeErrorKind, BridgeInfo, Frontend, FrontendResult, ResultRefs, SolveRequest,
+};
 pub use error::{DockerfileError, FrontendError};

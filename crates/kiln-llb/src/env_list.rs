@@ -39,7 +39,8 @@ impl EnvList {
     pub fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
         let mut all: Vec<_> = self.values.iter().collect();
         all.sort_unstable_by_key(|(_, (order, _))| *order);
-        all.into_iter().map(|(name, (_, value))| (name.as_str(), value.as_str()))
+        all.into_iter()
+            .map(|(name, (_, value))| (name.as_str(), value.as_str()))
     }
 
     /// `NAME=value` entries, the last assigned one last.

@@ -18,10 +18,10 @@ pub mod source_map;
 pub mod state;
 pub mod wire;
 
-pub use env_list::EnvList;
-pub use state::State;
 pub use definition::{Definition, LinuxResources, OpMetadata, ProgressGroup};
+pub use env_list::EnvList;
 pub use error::LlbError;
 pub use graph::{Edge, Graph, Vertex, VertexDigest, vertex_digest};
 pub use op::{InputIndex, Op, OutputIndex};
 pub use source_map::{SourceInfo, SourceLocation, SourceMap, SourcePosition, SourceRange};
+pub use state::State;

@@ -148,8 +148,14 @@ impl From<kiln_fs::Stopped> for StoreError {
 impl From<kiln_fs::Error> for StoreError {
     fn from(error: kiln_fs::Error) -> Self {
         match error {
-            kiln_fs::Error::Io { op, path, source } => Self::Io { action: op, path, source },
-            kiln_fs::Error::BadPath { op, path } => Self::Invalid(format!("{op} {}: not a usable path", path.display())),
+            kiln_fs::Error::Io { op, path, source } => Self::Io {
+                action: op,
+                path,
+                source,
+            },
+            kiln_fs::Error::BadPath { op, path } => {
+                Self::Invalid(format!("{op} {}: not a usable path", path.display()))
+            }
             kiln_fs::Error::Stopped(_) => Self::Canceled,
         }
     }
@@ -158,7 +164,11 @@ impl From<kiln_fs::Error> for StoreError {
 impl StoreError {
     /// An I/O error of `action` on `path`.
     pub fn io(action: &'static str, path: impl AsRef<Path>, source: impl Into<io::Error>) -> Self {
-        Self::Io { action, path: path.as_ref().to_owned(), source: source.into() }
+        Self::Io {
+            action,
+            path: path.as_ref().to_owned(),
+            source: source.into(),
+        }
     }
 
     /// The innermost error of a shared one.

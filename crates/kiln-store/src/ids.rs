@@ -15,7 +15,10 @@ const ID_LEN: usize = 25;
 fn random_id() -> Box<str> {
     const DIGITS: &[u8; 36] = b"0123456789abcdefghijklmnopqrstuvwxyz";
     let mut rng = rand::rng();
-    (0..ID_LEN).map(|_| char::from(DIGITS[rng.random_range(0..DIGITS.len())])).collect::<String>().into()
+    (0..ID_LEN)
+        .map(|_| char::from(DIGITS[rng.random_range(0..DIGITS.len())]))
+        .collect::<String>()
+        .into()
 }
 
 fn check_id(text: &str) -> Result<()> {
@@ -109,8 +112,14 @@ impl Tenant {
     /// [`StoreError::Invalid`] for any other text.
     pub fn new(name: &str) -> Result<Self> {
         let fits = (1..=64).contains(&name.len())
-            && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-' || b == b'_');
-        if fits { Ok(Self(name.into())) } else { Err(StoreError::Invalid(format!("invalid tenant name `{name}`"))) }
+            && name
+                .bytes()
+                .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-' || b == b'_');
+        if fits {
+            Ok(Self(name.into()))
+        } else {
+            Err(StoreError::Invalid(format!("invalid tenant name `{name}`")))
+        }
     }
 
     /// The name.
@@ -202,13 +211,18 @@ pub struct Time(pub i64);
 impl Time {
     /// The present.
     pub fn now() -> Self {
-        let nanos = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_nanos());
+        let nanos = std::time::SystemTime::now()
+            .duration_since(std::time::UNIX_EPOCH)
+            .map_or(0, |d| d.as_nanos());
         Self(i64::try_from(nanos).unwrap_or(i64::MAX))
     }
 
     /// Whole seconds and the nanoseconds beyond them.
     pub const fn parts(self) -> (i64, u32) {
-        (self.0.div_euclid(1_000_000_000), self.0.rem_euclid(1_000_000_000) as u32)
+        (
+            self.0.div_euclid(1_000_000_000),
+            self.0.rem_euclid(1_000_000_000) as u32,
+        )
     }
 
     /// How long before `now` this was; zero if it lies ahead.
@@ -226,7 +240,12 @@ mod tests {
         let id = TreeId::random();
         assert_eq!(id.as_str().len(), 25);
         assert_eq!(id.as_str().parse::<TreeId>().unwrap(), id);
-        for bad in ["", "../../etc", "A2345678901234567890123456", "123456789012345678901234/"] {
+        for bad in [
+            "",
+            "../../etc",
+            "A2345678901234567890123456",
+            "123456789012345678901234/",
+        ] {
             assert!(bad.parse::<TreeId>().is_err(), "{bad}");
         }
         assert!(Tenant::new("a/b").is_err());

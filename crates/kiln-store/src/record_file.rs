@@ -29,7 +29,11 @@ pub(crate) fn unseal(raw: &[u8]) -> Result<&[u8], &'static str> {
         return Err("unknown version");
     }
     let (sum, payload) = rest.split_first_chunk::<8>().ok_or("truncated")?;
-    if xxh3_64(payload) == u64::from_le_bytes(*sum) { Ok(payload) } else { Err("checksum mismatch") }
+    if xxh3_64(payload) == u64::from_le_bytes(*sum) {
+        Ok(payload)
+    } else {
+        Err("checksum mismatch")
+    }
 }
 
 /// Encodes a value for the index or a record file.
@@ -63,7 +67,10 @@ pub(crate) fn write<T: Serialize>(path: &Path, value: &T) -> Result<u64> {
 /// [`StoreError::Io`] if the file cannot be read, [`StoreError::Damaged`] if it is not a whole record.
 pub(crate) fn read<T: DeserializeOwned>(path: &Path) -> Result<T> {
     let raw = fs::read(path).during("read", path)?;
-    decode(&raw).map_err(|reason| StoreError::Damaged { path: path.to_owned(), reason })
+    decode(&raw).map_err(|reason| StoreError::Damaged {
+        path: path.to_owned(),
+        reason,
+    })
 }
 
 #[cfg(test)]
@@ -81,7 +88,10 @@ mod tests {
             let mut bad = good.clone();
             bad[i] ^= 0x40;
             fs::write(&path, &bad).unwrap();
-            assert!(matches!(read::<Vec<u32>>(&path), Err(StoreError::Damaged { .. })), "byte {i}");
+            assert!(
+                matches!(read::<Vec<u32>>(&path), Err(StoreError::Damaged { .. })),
+                "byte {i}"
+            );
         }
         for n in 0..good.len() {
             fs::write(&path, &good[..n]).unwrap();

@@ -54,14 +54,21 @@ impl Filter {
         let mut alternatives = Vec::with_capacity(texts.len());
         for text in texts {
             let text = text.as_ref();
-            alternatives.push(parse_terms(text).map_err(|reason| FilterError { text: text.to_owned(), reason })?);
+            alternatives.push(parse_terms(text).map_err(|reason| FilterError {
+                text: text.to_owned(),
+                reason,
+            })?);
         }
         Ok(Self { alternatives })
     }
 
     /// Whether `item` matches one of the filters.
     pub fn matches(&self, item: &impl Fields) -> bool {
-        self.alternatives.is_empty() || self.alternatives.iter().any(|terms| terms.iter().all(|t| t.matches(item)))
+        self.alternatives.is_empty()
+            || self
+                .alternatives
+                .iter()
+                .any(|terms| terms.iter().all(|t| t.matches(item)))
     }
 }
 

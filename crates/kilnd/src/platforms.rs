@@ -57,7 +57,11 @@ fn amd64_levels() -> Vec<&'static str> {
         && std::is_x86_feature_detected!("avx512f")
         && std::is_x86_feature_detected!("avx512bw")
         && std::is_x86_feature_detected!("avx512vl");
-    [("v2", has_v2), ("v3", has_v3), ("v4", has_v4)].into_iter().filter(|(_, has)| *has).map(|(v, _)| v).collect()
+    [("v2", has_v2), ("v3", has_v3), ("v4", has_v4)]
+        .into_iter()
+        .filter(|(_, has)| *has)
+        .map(|(v, _)| v)
+        .collect()
 }
 
 #[cfg(not(target_arch = "x86_64"))]

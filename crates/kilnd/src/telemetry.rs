@@ -11,15 +11,24 @@ pub fn install(level: &str, json: bool) {
         "trace" | "debug" | "info" | "warn" | "error" => format!("warn,kilnd={level},{}", rooms(level)),
         other => other.to_owned(),
     });
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_target(false);
     // A second installation in the same process (tests) changes nothing.
-    let _ = if json { builder.json().try_init() } else { builder.with_ansi(false).try_init() };
+    let _ = if json {
+        builder.json().try_init()
+    } else {
+        builder.with_ansi(false).try_init()
+    };
 }
 
 fn rooms(level: &str) -> String {
-    ["executor", "exporter", "frontend", "registry", "session", "solver", "store", "worker"]
-        .map(|room| format!("kiln_{room}={level}"))
-        .join(",")
+    [
+        "executor", "exporter", "frontend", "registry", "session", "solver", "store", "worker",
+    ]
+    .map(|room| format!("kiln_{room}={level}"))
+    .join(",")
 }
 
 /// Accepts the spans that buildx exports over its connection and discards them: there is no collector.

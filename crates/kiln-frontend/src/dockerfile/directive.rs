@@ -33,7 +33,12 @@ pub(crate) struct DirectiveReader {
 impl DirectiveReader {
     /// A reader of lines that start with `prefix`; `line` lines were skipped before the first one.
     pub fn new(prefix: &'static str, line: u32) -> Self {
-        Self { prefix, line, seen: Vec::new(), done: false }
+        Self {
+            prefix,
+            line,
+            seen: Vec::new(),
+            done: false,
+        }
     }
 
     /// The directive on the next line, given without its line end. Once a line is no directive, no later one is.
@@ -50,7 +55,11 @@ impl DirectiveReader {
             return Err(format!("only one {name} parser directive can be used"));
         }
         self.seen.push(name.clone());
-        Ok(Some(Directive { name, value, span: Span::line(self.line) }))
+        Ok(Some(Directive {
+            name,
+            value,
+            span: Span::line(self.line),
+        }))
     }
 
     /// Whether the area of directives has ended.
@@ -94,15 +103,21 @@ pub fn detect(name: &str, text: &[u8]) -> Option<Directive> {
 /// The `syntax` directive in any of its notations: `# syntax=`, `// syntax=`, or a JSON object with the key `syntax`.
 pub fn detect_syntax(text: &[u8]) -> Option<Directive> {
     let (body, skipped) = without_preamble(text);
-    find("syntax", body, "#", skipped).or_else(|| find("syntax", body, "//", skipped)).or_else(|| {
-        // Only an object is worth the trouble; a Dockerfile is none.
-        if !body.trim_ascii_start().starts_with(b"{") {
-            return None;
-        }
-        let object: serde_json::Map<String, serde_json::Value> = serde_json::from_slice(body).ok()?;
-        let value = object.get("syntax")?.as_str()?.to_owned();
-        Some(Directive { name: "syntax".to_owned(), value, span: Span::line(skipped) })
-    })
+    find("syntax", body, "#", skipped)
+        .or_else(|| find("syntax", body, "//", skipped))
+        .or_else(|| {
+            // Only an object is worth the trouble; a Dockerfile is none.
+            if !body.trim_ascii_start().starts_with(b"{") {
+                return None;
+            }
+            let object: serde_json::Map<String, serde_json::Value> = serde_json::from_slice(body).ok()?;
+            let value = object.get("syntax")?.as_str()?.to_owned();
+            Some(Directive {
+                name: "syntax".to_owned(),
+                value,
+                span: Span::line(skipped),
+            })
+        })
 }
 
 fn without_preamble(text: &[u8]) -> (&[u8], u32) {
@@ -138,7 +153,11 @@ mod tests {
     #[test]
     fn finds_syntax_in_every_notation() {
         for (text, value, word) in [
-            ("# syntax=docker/dockerfile:1\nFROM x", "docker/dockerfile:1", "docker/dockerfile:1"),
+            (
+                "# syntax=docker/dockerfile:1\nFROM x",
+                "docker/dockerfile:1",
+                "docker/dockerfile:1",
+            ),
             ("#!/bin/sh\n# SYNTAX = a/b cmd x \nFROM x", "a/b cmd x", "a/b"),
             ("\u{feff}#escape=`\n#syntax=a\r\nFROM x", "a", "a"),
             ("// syntax=a\n{}", "a", "a"),
@@ -147,9 +166,20 @@ mod tests {
             let found = detect_syntax(text.as_bytes()).unwrap();
             assert_eq!((found.value.as_str(), found.first_word()), (value, word), "{text}");
         }
-        for text in ["FROM x\n# syntax=a", "\n# syntax=a", "# x\n# syntax=a", "# unknown=1\n# syntax=a", " # syntax=a", "# syntax=", ""] {
+        for text in [
+            "FROM x\n# syntax=a",
+            "\n# syntax=a",
+            "# x\n# syntax=a",
+            "# unknown=1\n# syntax=a",
+            " # syntax=a",
+            "# syntax=",
+            "",
+        ] {
             assert_eq!(detect_syntax(text.as_bytes()), None, "{text}");
         }
-        assert_eq!(detect("check", b"#!x\n# check=skip=A, B\n").unwrap().first_word(), "skip=A,");
+        assert_eq!(
+            detect("check", b"#!x\n# check=skip=A, B\n").unwrap().first_word(),
+            "skip=A,"
+        );
     }
 }

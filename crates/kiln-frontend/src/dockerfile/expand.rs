@@ -42,7 +42,13 @@ pub(crate) struct Expander {
 
 impl Default for Expander {
     fn default() -> Self {
-        Self { escape: '\\', keep_quotes: false, keep_escapes: false, ignore_quotes: false, keep_unset: false }
+        Self {
+            escape: '\\',
+            keep_quotes: false,
+            keep_escapes: false,
+            ignore_quotes: false,
+            keep_unset: false,
+        }
     }
 }
 
@@ -62,7 +68,10 @@ pub(crate) struct Expansion {
 impl Expander {
     /// An expander with escape character `escape` and defaults otherwise.
     pub fn with_escape(escape: char) -> Self {
-        Self { escape, ..Self::default() }
+        Self {
+            escape,
+            ..Self::default()
+        }
     }
 
     /// Expands `source`. The error says what could not be understood and quotes `source`. What was looked up until then is in
@@ -72,8 +81,16 @@ impl Expander {
         // Most words contain nothing special at all.
         let special = |c: char| c == self.escape || matches!(c, '$' | '<' | '\'' | '"') || c.is_whitespace();
         if !text.contains(special) {
-            let words = if text.is_empty() { Vec::new() } else { vec![text.to_owned()] };
-            return Ok(Expansion { text: text.to_owned(), words, ..Expansion::default() });
+            let words = if text.is_empty() {
+                Vec::new()
+            } else {
+                vec![text.to_owned()]
+            };
+            return Ok(Expansion {
+                text: text.to_owned(),
+                words,
+                ..Expansion::default()
+            });
         }
         let mut run = Run {
             options: *self,
@@ -86,7 +103,12 @@ impl Expander {
             unmatched: BTreeSet::new(),
         };
         match run.until(None, self.keep_escapes) {
-            Ok((text, words)) => Ok(Expansion { text, words, matched: run.matched, unmatched: run.unmatched }),
+            Ok((text, words)) => Ok(Expansion {
+                text,
+                words,
+                matched: run.matched,
+                unmatched: run.unmatched,
+            }),
             Err(reason) => Err(ExpandError {
                 message: format!("failed to process {}: {reason}", crate::gotext::quote(source)),
                 matched: run.matched,
@@ -426,7 +448,11 @@ impl Run<'_> {
             Some('+') => Ok(if missing { String::new() } else { word }),
             Some('?') if missing => {
                 let state = if value.is_none() { "unset" } else { "empty" };
-                let why = if word.is_empty() { format!("is not allowed to be {state}") } else { word };
+                let why = if word.is_empty() {
+                    format!("is not allowed to be {state}")
+                } else {
+                    word
+                };
                 Err(format!("{name}: {why}"))
             }
             Some('?') => Ok(value.unwrap_or_default()),
@@ -471,11 +497,19 @@ fn unsupported(modifier: &str) -> String {
 }
 
 fn is_letter(c: char) -> bool {
-    if c.is_ascii() { c.is_ascii_alphabetic() } else { pattern::in_class(c, r"^\p{L}$") }
+    if c.is_ascii() {
+        c.is_ascii_alphabetic()
+    } else {
+        pattern::in_class(c, r"^\p{L}$")
+    }
 }
 
 fn is_digit(c: char) -> bool {
-    if c.is_ascii() { c.is_ascii_digit() } else { pattern::in_class(c, r"^\p{Nd}$") }
+    if c.is_ascii() {
+        c.is_ascii_digit()
+    } else {
+        pattern::in_class(c, r"^\p{Nd}$")
+    }
 }
 
 #[cfg(test)]
@@ -490,13 +524,22 @@ mod tests {
     }
 
     fn env() -> HashMap<&'static str, &'static str> {
-        HashMap::from([("v", "value"), ("e", ""), ("p", "/usr/local/bin"), ("f", "a.tar.gz"), ("s", "x y"), ("d", "a$1b")])
+        HashMap::from([
+            ("v", "value"),
+            ("e", ""),
+            ("p", "/usr/local/bin"),
+            ("f", "a.tar.gz"),
+            ("s", "x y"),
+            ("d", "a$1b"),
+        ])
     }
 
     #[track_caller]
     fn check(expander: Expander, cases: &[(&str, &str)]) {
         for (source, want) in cases {
-            let got = expander.text(source, &env()).unwrap_or_else(|e| format!("! {}", e.message));
+            let got = expander
+                .text(source, &env())
+                .unwrap_or_else(|e| format!("! {}", e.message));
             assert_eq!(&got, want, "{source}");
         }
     }
@@ -511,12 +554,21 @@ mod tests {
                 ("${u+w}|${u:+w}|${e+w}|${e:+w}|${v+w}", "||w||w"),
                 ("${v?x}${e?x}", "value"),
                 ("${u?}", "! failed to process \"${u?}\": u: is not allowed to be unset"),
-                ("${e:?}", "! failed to process \"${e:?}\": e: is not allowed to be empty"),
+                (
+                    "${e:?}",
+                    "! failed to process \"${e:?}\": e: is not allowed to be empty",
+                ),
                 ("${u:?no $v}", "! failed to process \"${u:?no $v}\": u: no value"),
                 ("${p#*/} ${p##*/} ${p%/*} ${p%%/*}", "usr/local/bin bin /usr/local "),
                 ("${f%.*} ${f%%.*} ${f#*.}", "a.tar a tar.gz"),
-                ("${p/\\//-} ${p//\\//-} ${p//l*l/L}", "-usr/local/bin -usr-local-bin /usr/L/bin"),
-                ("${d#a\\$}", "! failed to process \"${d#a\\\\$}\": invalid pattern (a\\$) in substitution: invalid escape '\\$'"),
+                (
+                    "${p/\\//-} ${p//\\//-} ${p//l*l/L}",
+                    "-usr/local/bin -usr-local-bin /usr/L/bin",
+                ),
+                (
+                    "${d#a\\$}",
+                    "! failed to process \"${d#a\\\\$}\": invalid pattern (a\\$) in substitution: invalid escape '\\$'",
+                ),
                 ("${v//a/[$d]}", "v[a]lue"),
                 ("${v/a/[$d]}", "v[a$1b]lue"),
                 ("$$ $(cmd) $1x $! $", " $(cmd) x  $"),
@@ -536,16 +588,38 @@ mod tests {
                 ("\\", ""),
                 ("a\\", "a"),
                 ("\u{feff}a $v", "a value"),
-                ("'a", "! failed to process \"'a\": unexpected end of statement while looking for matching single-quote"),
-                ("\"a", "! failed to process \"\\\"a\": unexpected end of statement while looking for matching double-quote"),
-                ("${u:-'a}", "! failed to process \"${u:-'a}\": syntax error: missing '}'"),
+                (
+                    "'a",
+                    "! failed to process \"'a\": unexpected end of statement while looking for matching single-quote",
+                ),
+                (
+                    "\"a",
+                    "! failed to process \"\\\"a\": unexpected end of statement while looking for matching double-quote",
+                ),
+                (
+                    "${u:-'a}",
+                    "! failed to process \"${u:-'a}\": syntax error: missing '}'",
+                ),
             ],
         );
         check(Expander::with_escape('`'), &[("`$v \\a", "$v \\a")]);
-        check(Expander { ignore_quotes: true, ..Expander::default() }, &[("'$v' \"a\\n", "'value' \"an")]);
         check(
-            Expander { keep_quotes: true, keep_unset: true, ..Expander::default() },
-            &[("echo \"$v\" $u ${u} ${u:-x} 'q' \\\\n", "echo \"value\" $u ${u} ${u:-x} 'q' \\n")],
+            Expander {
+                ignore_quotes: true,
+                ..Expander::default()
+            },
+            &[("'$v' \"a\\n", "'value' \"an")],
+        );
+        check(
+            Expander {
+                keep_quotes: true,
+                keep_unset: true,
+                ..Expander::default()
+            },
+            &[(
+                "echo \"$v\" $u ${u} ${u:-x} 'q' \\\\n",
+                "echo \"value\" $u ${u} ${u:-x} 'q' \\n",
+            )],
         );
     }
 
@@ -567,7 +641,10 @@ mod tests {
             ("${v/a/b", "syntax error: missing '}'"),
         ] {
             let error = Expander::default().expand(source, &env()).unwrap_err();
-            assert_eq!(error.message, format!("failed to process {}: {reason}", crate::gotext::quote(source)));
+            assert_eq!(
+                error.message,
+                format!("failed to process {}: {reason}", crate::gotext::quote(source))
+            );
         }
     }
 
@@ -581,7 +658,11 @@ mod tests {
             ("$u", vec![]),
             ("cat << EOF x", vec!["cat", "<< EOF", "x"]),
         ] {
-            assert_eq!(Expander::default().expand(source, &env()).unwrap().words, words, "{source}");
+            assert_eq!(
+                Expander::default().expand(source, &env()).unwrap().words,
+                words,
+                "{source}"
+            );
         }
     }
 

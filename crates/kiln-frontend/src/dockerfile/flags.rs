@@ -118,17 +118,28 @@ impl Flags {
 
     /// The value of a text flag, empty when absent.
     pub fn text(&self, name: &str) -> String {
-        self.given.iter().find(|(known, _)| *known == name).map(|(_, value)| value.clone()).unwrap_or_default()
+        self.given
+            .iter()
+            .find(|(known, _)| *known == name)
+            .map(|(_, value)| value.clone())
+            .unwrap_or_default()
     }
 
     /// The value of a boolean flag, `None` when absent.
     pub fn bool(&self, name: &str) -> Option<bool> {
-        self.given.iter().find(|(known, _)| *known == name).map(|(_, value)| value == "true")
+        self.given
+            .iter()
+            .find(|(known, _)| *known == name)
+            .map(|(_, value)| value == "true")
     }
 
     /// All values of a list flag, in order.
     pub fn list(&self, name: &str) -> Vec<String> {
-        self.given.iter().filter(|(known, _)| *known == name).map(|(_, value)| value.clone()).collect()
+        self.given
+            .iter()
+            .filter(|(known, _)| *known == name)
+            .map(|(_, value)| value.clone())
+            .collect()
     }
 }
 
@@ -152,16 +163,27 @@ mod tests {
             ("-x", vec![], "-x"),
         ] {
             let (got, got_rest) = split_flags(line.as_bytes(), b'\\');
-            assert_eq!((got.iter().map(String::as_str).collect::<Vec<_>>(), got_rest), (flags, rest.as_bytes()), "{line}");
+            assert_eq!(
+                (got.iter().map(String::as_str).collect::<Vec<_>>(), got_rest),
+                (flags, rest.as_bytes()),
+                "{line}"
+            );
         }
     }
 
     #[test]
     fn flags_are_checked() {
-        let allowed = &[("link", FlagKind::Bool), ("from", FlagKind::Text), ("exclude", FlagKind::List)];
+        let allowed = &[
+            ("link", FlagKind::Bool),
+            ("from", FlagKind::Text),
+            ("exclude", FlagKind::List),
+        ];
         let parse = |words: &[&str]| Flags::parse(&words.iter().map(|s| s.to_string()).collect::<Vec<_>>(), allowed);
         let flags = parse(&["--link=FALSE", "--from=", "--exclude=a", "--exclude=b"]).unwrap();
-        assert_eq!((flags.bool("link"), flags.text("from"), flags.list("exclude")), (Some(false), "".into(), vec!["a".into(), "b".into()]));
+        assert_eq!(
+            (flags.bool("link"), flags.text("from"), flags.list("exclude")),
+            (Some(false), "".into(), vec!["a".into(), "b".into()])
+        );
         for (word, message) in [
             ("--form=x", "unknown flag: --form (did you mean from?)"),
             ("--platform=x", "unknown flag: --platform"),
@@ -171,6 +193,9 @@ mod tests {
         ] {
             assert_eq!(parse(&[word]).unwrap_err(), message);
         }
-        assert_eq!(parse(&["--link", "--link"]).unwrap_err(), "duplicate flag specified: --link");
+        assert_eq!(
+            parse(&["--link", "--link"]).unwrap_err(),
+            "duplicate flag specified: --link"
+        );
     }
 }

@@ -18,7 +18,11 @@ pub struct Heredoc {
 impl Heredoc {
     /// The body with leading tabs removed if the operator asks for it.
     pub fn body(&self) -> Vec<u8> {
-        if self.chomp { without_leading_tabs(&self.content) } else { self.content.clone() }
+        if self.chomp {
+            without_leading_tabs(&self.content)
+        } else {
+            self.content.clone()
+        }
     }
 }
 
@@ -28,8 +32,15 @@ pub(crate) fn announced(line: &str) -> Result<Vec<Heredoc>, String> {
     if !line.contains("<<") {
         return Ok(Vec::new());
     }
-    let reader = Expander { keep_quotes: true, keep_escapes: true, keep_unset: true, ..Expander::default() };
-    let Ok(line) = reader.expand(line, &NoVariables) else { return Ok(Vec::new()) };
+    let reader = Expander {
+        keep_quotes: true,
+        keep_escapes: true,
+        keep_unset: true,
+        ..Expander::default()
+    };
+    let Ok(line) = reader.expand(line, &NoVariables) else {
+        return Ok(Vec::new());
+    };
     let mut found = Vec::new();
     for word in &line.words {
         found.extend(operator(word)?);
@@ -40,7 +51,9 @@ pub(crate) fn announced(line: &str) -> Result<Vec<Heredoc>, String> {
 /// The here-document that one word stands for: `[digits]<<[-][blanks]name`.
 pub(crate) fn operator(word: &str) -> Result<Option<Heredoc>, String> {
     let digits = word.bytes().take_while(u8::is_ascii_digit).count();
-    let Some(rest) = word.get(digits..).and_then(|w| w.strip_prefix("<<")) else { return Ok(None) };
+    let Some(rest) = word.get(digits..).and_then(|w| w.strip_prefix("<<")) else {
+        return Ok(None);
+    };
     let (chomp, rest) = match rest.strip_prefix('-') {
         Some(rest) => (true, rest),
         None => (false, rest),
@@ -49,16 +62,29 @@ pub(crate) fn operator(word: &str) -> Result<Option<Heredoc>, String> {
     if raw.is_empty() || raw.contains('<') {
         return Ok(None);
     }
-    let reader = Expander { keep_unset: true, ..Expander::default() };
+    let reader = Expander {
+        keep_unset: true,
+        ..Expander::default()
+    };
     let words = reader.expand(raw, &NoVariables).map_err(|e| e.message)?.words;
     let [name] = words.as_slice() else { return Ok(None) };
-    let with_quotes = Expander { keep_quotes: true, ..reader };
+    let with_quotes = Expander {
+        keep_quotes: true,
+        ..reader
+    };
     let kept = with_quotes.expand(raw, &NoVariables).map_err(|e| e.message)?.words;
     let [kept] = kept.as_slice() else {
-        return Err(format!("internal lexing of heredoc produced inconsistent results: {raw}"));
+        return Err(format!(
+            "internal lexing of heredoc produced inconsistent results: {raw}"
+        ));
     };
     let quotes = |s: &str| s.matches(['\'', '"']).count();
-    Ok(Some(Heredoc { name: name.clone(), expand: quotes(name) == quotes(kept), chomp, content: Vec::new() }))
+    Ok(Some(Heredoc {
+        name: name.clone(),
+        expand: quotes(name) == quotes(kept),
+        chomp,
+        content: Vec::new(),
+    }))
 }
 
 /// Every line without the tabs at its start.
@@ -90,7 +116,14 @@ mod tests {
             announced(line)
                 .unwrap()
                 .into_iter()
-                .map(|h| format!("{}{}{}", h.name, if h.expand { "" } else { "!" }, if h.chomp { "-" } else { "" }))
+                .map(|h| {
+                    format!(
+                        "{}{}{}",
+                        h.name,
+                        if h.expand { "" } else { "!" },
+                        if h.chomp { "-" } else { "" }
+                    )
+                })
                 .collect::<Vec<_>>()
         };
         for (line, want) in [

@@ -17,7 +17,10 @@ pub(crate) fn parse(text: &str) -> JsonList {
     if !text.starts_with('[') {
         return JsonList::NotJson;
     }
-    let mut reader = Reader { bytes: text.as_bytes(), at: 0 };
+    let mut reader = Reader {
+        bytes: text.as_bytes(),
+        at: 0,
+    };
     reader.list().unwrap_or(JsonList::NotJson)
 }
 
@@ -87,7 +90,11 @@ impl Reader<'_> {
                         b'[' | b'{' => {
                             self.at += 1;
                             open.push(byte);
-                            expect = if byte == b'[' { Expect::ValueOrEnd } else { Expect::KeyOrEnd };
+                            expect = if byte == b'[' {
+                                Expect::ValueOrEnd
+                            } else {
+                                Expect::KeyOrEnd
+                            };
                         }
                         b'"' => {
                             let text = self.string()?;
@@ -105,7 +112,11 @@ impl Reader<'_> {
             }
             if open.is_empty() {
                 self.skip_blanks();
-                return self.peek().is_none().then_some(if mixed { JsonList::Mixed } else { JsonList::Strings(strings) });
+                return self.peek().is_none().then_some(if mixed {
+                    JsonList::Mixed
+                } else {
+                    JsonList::Strings(strings)
+                });
             }
         }
     }
@@ -210,11 +221,35 @@ mod tests {
         let strings = |v: &[&str]| JsonList::Strings(v.iter().map(|s| s.to_string()).collect());
         assert_eq!(parse(" [ \"a\" , \"b c\" ] "), strings(&["a", "b c"]));
         assert_eq!(parse("[]"), strings(&[]));
-        assert_eq!(parse(r#"["\u0041\ud83d\ude00\ud800x\n\/"]"#), strings(&["A😀\u{fffd}x\n/"]));
-        for mixed in ["[1]", "[\"a\", null]", "[[\"a\"]]", "[{\"a\":[1,2.5e3]}, true]", "[{}]", "[[]]"] {
+        assert_eq!(
+            parse(r#"["\u0041\ud83d\ude00\ud800x\n\/"]"#),
+            strings(&["A😀\u{fffd}x\n/"])
+        );
+        for mixed in [
+            "[1]",
+            "[\"a\", null]",
+            "[[\"a\"]]",
+            "[{\"a\":[1,2.5e3]}, true]",
+            "[{}]",
+            "[[]]",
+        ] {
             assert_eq!(parse(mixed), JsonList::Mixed, "{mixed}");
         }
-        for text in ["", "a", "[", "[\"a\"", "[\"a\",]", "['a']", "[\"a\"] x", "[a]", "[\"a\" \"b\"]", "[01]", "[\"\t\"]", "[}", "[{]}"] {
+        for text in [
+            "",
+            "a",
+            "[",
+            "[\"a\"",
+            "[\"a\",]",
+            "['a']",
+            "[\"a\"] x",
+            "[a]",
+            "[\"a\" \"b\"]",
+            "[01]",
+            "[\"\t\"]",
+            "[}",
+            "[{]}",
+        ] {
             assert_eq!(parse(text), JsonList::NotJson, "{text}");
         }
         assert_eq!(parse(&"[".repeat(1_000_000)), JsonList::NotJson);

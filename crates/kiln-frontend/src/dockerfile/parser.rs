@@ -98,11 +98,19 @@ fn memchr_lf(bytes: &[u8]) -> Option<usize> {
 /// Parses a Dockerfile. `escape` is set by its directive; errors carry the lines of their instruction.
 pub(crate) fn parse(text: &[u8]) -> Result<Parsed, DockerfileError> {
     let text = text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(text);
-    let mut lines = Lines { rest: text, count: 0, too_long: false };
+    let mut lines = Lines {
+        rest: text,
+        count: 0,
+        too_long: false,
+    };
     let mut directives = DirectiveReader::new("#", 0);
     let mut escape = '\\';
     let mut comments: Vec<String> = Vec::new();
-    let mut parsed = Parsed { nodes: Vec::new(), escape, empty_continuations: Vec::new() };
+    let mut parsed = Parsed {
+        nodes: Vec::new(),
+        escape,
+        empty_continuations: Vec::new(),
+    };
 
     while let Some(raw) = lines.next() {
         let line = trim_start(trim_line_end(raw));
@@ -172,7 +180,10 @@ pub(crate) fn parse(text: &[u8]) -> Result<Parsed, DockerfileError> {
         parsed.nodes.push(node);
     }
     if parsed.nodes.is_empty() {
-        return Err(DockerfileError::at("file with no instructions", Span::line(lines.count)));
+        return Err(DockerfileError::at(
+            "file with no instructions",
+            Span::line(lines.count),
+        ));
     }
     if lines.too_long {
         let message = format!("dockerfile line greater than max allowed size of {MAX_LINE}");
@@ -209,7 +220,10 @@ fn takes_heredocs(keyword: &str) -> bool {
 }
 
 fn trim_line_end(line: &[u8]) -> &[u8] {
-    let end = line.iter().rposition(|&b| b != b'\n' && b != b'\r').map_or(0, |i| i + 1);
+    let end = line
+        .iter()
+        .rposition(|&b| b != b'\n' && b != b'\r')
+        .map_or(0, |i| i + 1);
     line.get(..end).unwrap_or_default()
 }
 
@@ -270,21 +284,31 @@ fn split_arguments(keyword: &str, rest: &str, escape: char, depth: usize) -> Res
     if rest.is_empty() {
         return Ok(Args::default());
     }
-    let only = |words: Vec<String>| Args { words, ..Args::default() };
+    let only = |words: Vec<String>| Args {
+        words,
+        ..Args::default()
+    };
     Ok(match keyword.to_ascii_lowercase().as_str() {
         "add" | "copy" | "volume" => json_or(rest, words::plain)?,
         "run" | "cmd" | "entrypoint" | "shell" => json_or(rest, |rest| vec![rest.to_owned()])?,
         "from" | "expose" => only(words::plain(rest)),
         "arg" => only(words::quoted(rest, escape)),
         "user" | "workdir" | "stopsignal" | "maintainer" => only(vec![rest.to_owned()]),
-        name @ ("env" | "label") => Args { pairs: pairs(name, rest, escape)?, ..Args::default() },
+        name @ ("env" | "label") => Args {
+            pairs: pairs(name, rest, escape)?,
+            ..Args::default()
+        },
         "healthcheck" => healthcheck(rest)?,
         "onbuild" if depth == 0 => {
             let node = node_from_line(rest.as_bytes(), escape, depth + 1)?;
             let nested_heredocs = takes_heredocs(&node.keyword) && !node.args.json;
             let mut words = vec![node.keyword];
             words.extend(node.args.words);
-            Args { words, nested_heredocs, ..Args::default() }
+            Args {
+                words,
+                nested_heredocs,
+                ..Args::default()
+            }
         }
         _ => Args::default(),
     })
@@ -292,9 +316,16 @@ fn split_arguments(keyword: &str, rest: &str, escape: char, depth: usize) -> Res
 
 fn json_or(rest: &str, split: impl Fn(&str) -> Vec<String>) -> Result<Args, String> {
     match json_list::parse(rest) {
-        JsonList::Strings(words) => Ok(Args { words, json: true, ..Args::default() }),
+        JsonList::Strings(words) => Ok(Args {
+            words,
+            json: true,
+            ..Args::default()
+        }),
         JsonList::Mixed => Err("when using JSON array syntax, arrays must be comprised of strings only".to_owned()),
-        JsonList::NotJson => Ok(Args { words: split(rest), ..Args::default() }),
+        JsonList::NotJson => Ok(Args {
+            words: split(rest),
+            ..Args::default()
+        }),
     }
 }
 
@@ -306,24 +337,38 @@ fn healthcheck(rest: &str) -> Result<Args, String> {
     let (kind, tail) = bytes.split_at(end);
     let skip = tail.iter().take_while(|b| is_blank(b)).count();
     let command = lossy(tail.get(skip..).unwrap_or_default()).into_owned();
-    let mut args = if command.is_empty() { Args::default() } else { json_or(&command, |c| vec![c.to_owned()])? };
+    let mut args = if command.is_empty() {
+        Args::default()
+    } else {
+        json_or(&command, |c| vec![c.to_owned()])?
+    };
     args.words.insert(0, lossy(kind).into_owned());
     Ok(args)
 }
 
 fn pairs(keyword: &str, rest: &str, escape: char) -> Result<Vec<Pair>, String> {
     let words = words::quoted(rest, escape);
-    let Some(first) = words.first() else { return Ok(Vec::new()) };
+    let Some(first) = words.first() else {
+        return Ok(Vec::new());
+    };
     if !first.contains('=') {
         return match words::first(rest) {
-            (key, Some(value)) => Ok(vec![Pair { key: key.to_owned(), value: value.to_owned(), legacy: true }]),
+            (key, Some(value)) => Ok(vec![Pair {
+                key: key.to_owned(),
+                value: value.to_owned(),
+                legacy: true,
+            }]),
             _ => Err(format!("{} must have two arguments", keyword.to_ascii_uppercase())),
         };
     }
     words
         .iter()
         .map(|word| match word.split_once('=') {
-            Some((key, value)) => Ok(Pair { key: key.to_owned(), value: value.to_owned(), legacy: false }),
+            Some((key, value)) => Ok(Pair {
+                key: key.to_owned(),
+                value: value.to_owned(),
+                legacy: false,
+            }),
             None => Err(format!(
                 "Syntax error - can't find = in {}. Must be of the form: name=value",
                 crate::gotext::quote(word)
@@ -340,12 +385,20 @@ mod tests {
     fn show(text: &str) -> String {
         match parse(text.as_bytes()) {
             Ok(parsed) => parsed.nodes.iter().map(show_node).collect::<Vec<_>>().join("\n"),
-            Err(e) => format!("! {e} at {:?}", e.spans().iter().map(|s| (s.first(), s.last())).collect::<Vec<_>>()),
+            Err(e) => format!(
+                "! {e} at {:?}",
+                e.spans().iter().map(|s| (s.first(), s.last())).collect::<Vec<_>>()
+            ),
         }
     }
 
     fn show_node(node: &Node) -> String {
-        let mut out = format!("{}-{} {}", node.span.first().unwrap_or(0), node.span.last().unwrap_or(0), node.keyword);
+        let mut out = format!(
+            "{}-{} {}",
+            node.span.first().unwrap_or(0),
+            node.span.last().unwrap_or(0),
+            node.keyword
+        );
         if !node.flags.is_empty() {
             out += &format!(" {:?}", node.flags);
         }
@@ -369,36 +422,63 @@ mod tests {
 
     #[test]
     fn lines_and_continuations() {
-        check("FROM a\nRUN b \\\n  c\\ \t\n# no\nd\n", "1-1 FROM [\"a\"]\n2-5 RUN [\"b   cd\"]");
+        check(
+            "FROM a\nRUN b \\\n  c\\ \t\n# no\nd\n",
+            "1-1 FROM [\"a\"]\n2-5 RUN [\"b   cd\"]",
+        );
         check("from a\\\\\nrun b", "1-1 from [\"a\\\\\\\\\"]\n2-2 run [\"b\"]");
         check("FROM a \\", "1-1 FROM [\"a\"]");
         check("\\\nFROM a\n", "1-2 FROM [\"a\"]");
-        check("# escape=`\nFROM a`\n b\nRUN \\x\n", "2-3 FROM [\"a\", \"b\"]\n4-4 RUN [\"\\\\x\"]");
+        check(
+            "# escape=`\nFROM a`\n b\nRUN \\x\n",
+            "2-3 FROM [\"a\", \"b\"]\n4-4 RUN [\"\\\\x\"]",
+        );
         check("FROM a\r\nRUN b\\\r\n  c\r\n", "1-1 FROM [\"a\"]\n2-3 RUN [\"b  c\"]");
         check("\u{feff}FROM a", "1-1 FROM [\"a\"]");
         check("\u{a0}\tFROM a", "1-1 FROM [\"a\"]");
-        assert_eq!(parse(b"RUN a \\\n\n\n  b\nRUN c").unwrap().empty_continuations, [Span::line(4)]);
+        assert_eq!(
+            parse(b"RUN a \\\n\n\n  b\nRUN c").unwrap().empty_continuations,
+            [Span::line(4)]
+        );
     }
 
     #[test]
     fn comments_stick_to_the_next_instruction() {
-        check("# one\n\n  # two\nFROM a\n# three\n#\n# four\nRUN b", "4-4 FROM [\"a\"] #one ## two\n8-8 RUN [\"b\"] #four");
+        check(
+            "# one\n\n  # two\nFROM a\n# three\n#\n# four\nRUN b",
+            "4-4 FROM [\"a\"] #one ## two\n8-8 RUN [\"b\"] #four",
+        );
         check("# syntax=x\n# check=y\nFROM a", "3-3 FROM [\"a\"]");
-        check("#!/bin/sh\n# escape=`\nFROM a\\\n b", "3-4 FROM [\"a\", \"b\"] #!/bin/sh #escape=`");
+        check(
+            "#!/bin/sh\n# escape=`\nFROM a\\\n b",
+            "3-4 FROM [\"a\", \"b\"] #!/bin/sh #escape=`",
+        );
     }
 
     #[test]
     fn arguments_by_keyword() {
-        check("COPY --from=a [\"b c\", \"d\"]", "1-1 COPY [\"--from=a\"] json[\"b c\", \"d\"]");
+        check(
+            "COPY --from=a [\"b c\", \"d\"]",
+            "1-1 COPY [\"--from=a\"] json[\"b c\", \"d\"]",
+        );
         check("COPY a  b\tc", "1-1 COPY [\"a\", \"b\", \"c\"]");
         check("RUN [\"a\", 'b']", "1-1 RUN [\"[\\\"a\\\", 'b']\"]");
-        check("RUN [\"a\", 1]", "! when using JSON array syntax, arrays must be comprised of strings only at [(Some(1), Some(1))]");
+        check(
+            "RUN [\"a\", 1]",
+            "! when using JSON array syntax, arrays must be comprised of strings only at [(Some(1), Some(1))]",
+        );
         check("ENV a=b c=\"d e\"", "1-1 ENV a=b c=\"d e\" []");
         check("ENV a b  c", "1-1 ENV a~b  c []");
         check("ENV a", "! ENV must have two arguments at [(Some(1), Some(1))]");
-        check("LABEL a=b c", "! Syntax error - can't find = in \"c\". Must be of the form: name=value at [(Some(1), Some(1))]");
+        check(
+            "LABEL a=b c",
+            "! Syntax error - can't find = in \"c\". Must be of the form: name=value at [(Some(1), Some(1))]",
+        );
         check("WORKDIR a b", "1-1 WORKDIR [\"a b\"]");
-        check("HEALTHCHECK --interval=5s CMD [\"a\"]", "1-1 HEALTHCHECK [\"--interval=5s\"] json[\"CMD\", \"a\"]");
+        check(
+            "HEALTHCHECK --interval=5s CMD [\"a\"]",
+            "1-1 HEALTHCHECK [\"--interval=5s\"] json[\"CMD\", \"a\"]",
+        );
         check("ONBUILD RUN a b", "1-1 ONBUILD [\"RUN\", \"a b\"]");
         check("RUN[\"x\"]", "1-1 RUN[\"x\"] []");
         check("NOPE a", "1-1 NOPE []");
@@ -407,11 +487,20 @@ mod tests {
 
     #[test]
     fn heredocs() {
-        check("RUN <<EOF\na\n b\nEOF\nRUN c", "1-4 RUN [\"<<EOF\"] <EOF:a\\n b\\n>\n5-5 RUN [\"c\"]");
-        check("COPY <<A <<-B /x\n1\r\nA\n\t2\n\tB\n", "1-5 COPY [\"<<A\", \"<<-B\", \"/x\"] <A:1\\r\\n> <B:\\t2\\n>");
+        check(
+            "RUN <<EOF\na\n b\nEOF\nRUN c",
+            "1-4 RUN [\"<<EOF\"] <EOF:a\\n b\\n>\n5-5 RUN [\"c\"]",
+        );
+        check(
+            "COPY <<A <<-B /x\n1\r\nA\n\t2\n\tB\n",
+            "1-5 COPY [\"<<A\", \"<<-B\", \"/x\"] <A:1\\r\\n> <B:\\t2\\n>",
+        );
         check("RUN <<EOF\na", "! unterminated heredoc at [(Some(1), Some(2))]");
         check("ENV a=<<EOF\nRUN b", "1-1 ENV a=<<EOF []\n2-2 RUN [\"b\"]");
-        check("ONBUILD COPY <<E /\nx\nE\nRUN b", "1-3 ONBUILD [\"COPY\", \"<<E\", \"/\"] <E:x\\n>\n4-4 RUN [\"b\"]");
+        check(
+            "ONBUILD COPY <<E /\nx\nE\nRUN b",
+            "1-3 ONBUILD [\"COPY\", \"<<E\", \"/\"] <E:x\\n>\n4-4 RUN [\"b\"]",
+        );
         check("RUN [\"<<EOF\"]", "1-1 RUN json[\"<<EOF\"]");
     }
 
@@ -419,10 +508,19 @@ mod tests {
     fn refused_files() {
         check("", "! file with no instructions at [(Some(0), Some(0))]");
         check("# a\n\n", "! file with no instructions at [(Some(2), Some(2))]");
-        check("# escape=x\nFROM a", "! invalid escape token 'x' does not match ` or \\ at [(Some(0), Some(0))]");
-        check("# syntax=x\n# Syntax=y\n", "! only one syntax parser directive can be used at [(Some(1), Some(1))]");
+        check(
+            "# escape=x\nFROM a",
+            "! invalid escape token 'x' does not match ` or \\ at [(Some(0), Some(0))]",
+        );
+        check(
+            "# syntax=x\n# Syntax=y\n",
+            "! only one syntax parser directive can be used at [(Some(1), Some(1))]",
+        );
         let long = format!("FROM a\nRUN {}\n", "x".repeat(MAX_LINE));
-        check(&long, "! dockerfile line greater than max allowed size of 65535 at [(Some(1), Some(1))]");
+        check(
+            &long,
+            "! dockerfile line greater than max allowed size of 65535 at [(Some(1), Some(1))]",
+        );
         let exact = format!("FROM a\nRUN {}\n", "x".repeat(MAX_LINE - 4));
         assert_eq!(parse(exact.as_bytes()).unwrap().nodes.len(), 2);
     }

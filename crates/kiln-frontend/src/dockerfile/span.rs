@@ -14,12 +14,18 @@ impl Span {
 
     /// Lines `first` to `last`; a `last` before `first` means the single line `first`.
     pub fn lines(first: u32, last: u32) -> Self {
-        Self { first, last: last.max(first) }
+        Self {
+            first,
+            last: last.max(first),
+        }
     }
 
     /// One line.
     pub fn line(line: u32) -> Self {
-        Self { first: line, last: line }
+        Self {
+            first: line,
+            last: line,
+        }
     }
 
     /// The first line, `None` for [`Span::EMPTY`].

@@ -2,7 +2,10 @@
 
 /// Splits at runs of ASCII blanks, without any quoting. `text` has no blanks at its ends; an empty one has no words.
 pub(crate) fn plain(text: &str) -> Vec<String> {
-    text.split([' ', '\t', '\u{b}', '\u{c}', '\r']).filter(|w| !w.is_empty()).map(str::to_owned).collect()
+    text.split([' ', '\t', '\u{b}', '\u{c}', '\r'])
+        .filter(|w| !w.is_empty())
+        .map(str::to_owned)
+        .collect()
 }
 
 /// Splits off the first word at a run of ASCII blanks: the word and what follows the run, if there is one.

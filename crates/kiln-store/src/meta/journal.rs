@@ -44,7 +44,17 @@ impl Journal {
         }
         let number = numbers.last().map_or(0, |n| n + 1);
         let file = create(dir, number)?;
-        Ok((Self { dir: dir.to_owned(), file, number, length: 0, torn: false }, batches, torn))
+        Ok((
+            Self {
+                dir: dir.to_owned(),
+                file,
+                number,
+                length: 0,
+                torn: false,
+            },
+            batches,
+            torn,
+        ))
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -93,15 +103,22 @@ fn path(dir: &Path, number: u64) -> PathBuf {
 
 fn create(dir: &Path, number: u64) -> Result<File> {
     let path = path(dir, number);
-    OpenOptions::new().create(true).append(true).open(&path).during("create", &path)
+    OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(&path)
+        .during("create", &path)
 }
 
 fn numbers(dir: &Path) -> Result<Vec<u64>> {
     let mut numbers = Vec::new();
     for entry in fs::read_dir(dir).during("list", dir)? {
         let entry = entry.during("list", dir)?;
-        let number: Option<u64> =
-            entry.file_name().to_str().and_then(|n| n.strip_prefix("journal.")).and_then(|n| n.parse().ok());
+        let number: Option<u64> = entry
+            .file_name()
+            .to_str()
+            .and_then(|n| n.strip_prefix("journal."))
+            .and_then(|n| n.parse().ok());
         numbers.extend(number);
     }
     numbers.sort_unstable();
@@ -136,7 +153,9 @@ fn put_bytes(out: &mut Vec<u8>, bytes: &[u8], plus: u32) {
 /// Adds every whole entry; `false` if something at the end is not one.
 fn parse(mut raw: &[u8], batches: &mut Vec<Vec<Change>>) -> bool {
     while !raw.is_empty() {
-        let Some((body, rest)) = take_entry(raw) else { return false };
+        let Some((body, rest)) = take_entry(raw) else {
+            return false;
+        };
         let Some(changes) = parse_body(body) else { return false };
         batches.push(changes);
         raw = rest;
@@ -166,7 +185,11 @@ fn parse_body(mut body: &[u8]) -> Option<Vec<Change>> {
                 (Some(value.to_vec()), rest)
             }
         };
-        changes.push(Change { table, key: key.to_vec(), value });
+        changes.push(Change {
+            table,
+            key: key.to_vec(),
+            value,
+        });
         body = rest;
     }
     Some(changes)

@@ -106,12 +106,20 @@ impl Batch {
     }
 
     pub(crate) fn put<T: Serialize>(&mut self, table: Table, key: impl Into<Vec<u8>>, value: &T) -> Result<()> {
-        self.changes.push(Change { table, key: key.into(), value: Some(record_file::encode(value)?) });
+        self.changes.push(Change {
+            table,
+            key: key.into(),
+            value: Some(record_file::encode(value)?),
+        });
         Ok(())
     }
 
     pub(crate) fn remove(&mut self, table: Table, key: impl Into<Vec<u8>>) {
-        self.changes.push(Change { table, key: key.into(), value: None });
+        self.changes.push(Change {
+            table,
+            key: key.into(),
+            value: None,
+        });
     }
 }
 
@@ -186,7 +194,10 @@ impl Index {
         let stamp = read_stamp(dir);
         let mut sequence = 0;
         if opened.rebuild.is_none() {
-            sequence = match tables.get(Table::Facts, SEQUENCE)?.map(|raw| record_file::decode::<u64>(&raw)) {
+            sequence = match tables
+                .get(Table::Facts, SEQUENCE)?
+                .map(|raw| record_file::decode::<u64>(&raw))
+            {
                 Some(Ok(sequence)) => sequence,
                 Some(Err(_)) | None => 0,
             };
@@ -231,7 +242,9 @@ impl Index {
 
     /// The value of a key. A damaged value counts as missing and is counted.
     pub(crate) fn get<T: DeserializeOwned>(&self, table: Table, key: &[u8]) -> Result<Option<T>> {
-        let Some(raw) = self.note(self.tables.get(table, key))? else { return Ok(None) };
+        let Some(raw) = self.note(self.tables.get(table, key))? else {
+            return Ok(None);
+        };
         match record_file::decode(&raw) {
             Ok(value) => Ok(Some(value)),
             Err(reason) => {
@@ -250,13 +263,15 @@ impl Index {
         mut each: impl FnMut(&[u8], T) -> ControlFlow<()>,
     ) -> Result<()> {
         let mut damaged = 0;
-        let outcome = self.tables.scan(table, prefix, &mut |key, raw| match record_file::decode(raw) {
-            Ok(value) => each(key, value),
-            Err(_) => {
-                damaged += 1;
-                ControlFlow::Continue(())
-            }
-        });
+        let outcome = self
+            .tables
+            .scan(table, prefix, &mut |key, raw| match record_file::decode(raw) {
+                Ok(value) => each(key, value),
+                Err(_) => {
+                    damaged += 1;
+                    ControlFlow::Continue(())
+                }
+            });
         self.damaged.fetch_add(damaged, Ordering::Relaxed);
         self.note(outcome)
     }
@@ -280,7 +295,11 @@ impl Index {
             key: SEQUENCE.to_vec(),
             value: Some(record_file::encode(&sequence)?),
         };
-        self.note(self.tables.apply(std::slice::from_ref(&mark)).and_then(|()| self.tables.sync()))?;
+        self.note(
+            self.tables
+                .apply(std::slice::from_ref(&mark))
+                .and_then(|()| self.tables.sync()),
+        )?;
         record_file::write(&self.dir.join("stamp"), &sequence)?;
         Journal::forget(&self.dir, sealed)
     }

@@ -79,7 +79,9 @@ fn open_in_helper(engine: &Path) -> Result<SledTables> {
     };
     let helper = std::thread::Builder::new().name("index-open".into()).spawn(work);
     let helper = helper.map_err(|e| StoreError::Index(format!("start a thread: {e}")))?;
-    helper.join().map_err(|_| StoreError::Panicked { task: "opening the index" })?
+    helper.join().map_err(|_| StoreError::Panicked {
+        task: "opening the index",
+    })?
 }
 
 /// Moves the engine and the journal away; they are evidence, not garbage, until the rebuilt index is in use.
@@ -128,7 +130,11 @@ fn disk_bytes(dir: &Path) -> Result<u64> {
     for entry in fs::read_dir(dir).during("list", dir)? {
         let entry = entry.during("list", dir)?;
         let meta = entry.metadata().during("stat", entry.path())?;
-        total += if meta.is_dir() { disk_bytes(&entry.path())? } else { meta.blocks() * 512 };
+        total += if meta.is_dir() {
+            disk_bytes(&entry.path())?
+        } else {
+            meta.blocks() * 512
+        };
     }
     Ok(total)
 }

@@ -47,7 +47,9 @@ impl SledTables {
     }
 
     fn tree(&self, table: Table) -> Result<&sled::Tree> {
-        self.tables.get(&table).ok_or_else(|| StoreError::Index(format!("no table {table:?}")))
+        self.tables
+            .get(&table)
+            .ok_or_else(|| StoreError::Index(format!("no table {table:?}")))
     }
 
     /// Bytes of keys and values.
@@ -82,7 +84,9 @@ impl SledTables {
 impl MetaStore for SledTables {
     fn get(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>> {
         let tree = self.tree(table)?;
-        caught("get", || Ok(tree.get(key).map_err(|e| failed("get", &e))?.map(|v| v.to_vec())))
+        caught("get", || {
+            Ok(tree.get(key).map_err(|e| failed("get", &e))?.map(|v| v.to_vec()))
+        })
     }
 
     fn apply(&self, changes: &[Change]) -> Result<()> {
@@ -137,6 +141,8 @@ impl MetaStore for SledTables {
             self.db.flush().map_err(|e| failed("flush", &e))?;
             Ok(())
         })?;
-        self.log.sync_data().map_err(|e| StoreError::Index(format!("sync the log: {e}")))
+        self.log
+            .sync_data()
+            .map_err(|e| StoreError::Index(format!("sync the log: {e}")))
     }
 }

@@ -37,9 +37,13 @@ fn commits_survive_without_a_sync() {
     {
         let (index, opened) = Index::open(&at, &aside).unwrap();
         assert!(opened.rebuild.is_some());
-        index.commit(&batch(&[(Table::Keys, "a", Some(1)), (Table::Layers, "l", Some(2))])).unwrap();
+        index
+            .commit(&batch(&[(Table::Keys, "a", Some(1)), (Table::Layers, "l", Some(2))]))
+            .unwrap();
         index.sync().unwrap();
-        index.commit(&batch(&[(Table::Keys, "a", None), (Table::Keys, "b", Some(3))])).unwrap();
+        index
+            .commit(&batch(&[(Table::Keys, "a", None), (Table::Keys, "b", Some(3))]))
+            .unwrap();
         // The engine's own flush on drop must not be what saves this: what it wrote is thrown away below.
         std::fs::copy(at.join("journal.1"), dir.path().join("kept")).unwrap();
     }
@@ -58,7 +62,9 @@ fn torn_journal_ends_are_ignored_at_every_length() {
     let (mut journal, _, _) = Journal::open(dir.path()).unwrap();
     journal.append(&batch(&[(Table::Keys, "a", Some(1))]).changes).unwrap();
     let first = std::fs::metadata(dir.path().join("journal.0")).unwrap().len() as usize;
-    journal.append(&batch(&[(Table::Keys, "b", Some(2)), (Table::Usage, "c", None)]).changes).unwrap();
+    journal
+        .append(&batch(&[(Table::Keys, "b", Some(2)), (Table::Usage, "c", None)]).changes)
+        .unwrap();
     let whole = std::fs::read(dir.path().join("journal.0")).unwrap();
     for cut in 0..whole.len() {
         let dir = tempfile::tempdir().unwrap();
@@ -77,7 +83,9 @@ fn a_damaged_engine_is_reported_and_replaced() {
         {
             let (index, _) = Index::open(&at, &aside).unwrap();
             for i in 0..500u32 {
-                index.commit(&batch(&[(Table::Keys, &format!("key{i}"), Some(i))])).unwrap();
+                index
+                    .commit(&batch(&[(Table::Keys, &format!("key{i}"), Some(i))]))
+                    .unwrap();
             }
             index.sync().unwrap();
         }
@@ -94,7 +102,10 @@ fn a_damaged_engine_is_reported_and_replaced() {
         for (key, n) in &found {
             assert_eq!(key, format!("key{n}").as_bytes());
         }
-        assert!(opened.rebuild.is_some() || found.len() == 500 || index.damaged() > 0, "stride {stride}");
+        assert!(
+            opened.rebuild.is_some() || found.len() == 500 || index.damaged() > 0,
+            "stride {stride}"
+        );
         index.commit(&batch(&[(Table::Keys, "new", Some(1))])).unwrap();
         assert_eq!(index.get::<u32>(Table::Keys, b"new").unwrap(), Some(1));
     }
@@ -105,14 +116,19 @@ fn mostly_dead_data_is_rewritten() {
     let dir = tempfile::tempdir().unwrap();
     let (at, aside) = (dir.path().join("index"), dir.path().join("trash"));
     let size = || -> u64 {
-        std::fs::read_dir(at.join("sled")).unwrap().map(|e| e.unwrap().metadata().unwrap().len()).sum()
+        std::fs::read_dir(at.join("sled"))
+            .unwrap()
+            .map(|e| e.unwrap().metadata().unwrap().len())
+            .sum()
     };
     {
         let (index, _) = Index::open(&at, &aside).unwrap();
         for round in 0..12u64 {
             let mut batch = Batch::new();
             for i in 0..2000u64 {
-                let text: String = (0..200).map(|n| char::from(b'a' + ((i * 31 + n * 7 + round) % 26) as u8)).collect();
+                let text: String = (0..200)
+                    .map(|n| char::from(b'a' + ((i * 31 + n * 7 + round) % 26) as u8))
+                    .collect();
                 batch.put(Table::Records, i.to_be_bytes(), &text).unwrap();
             }
             index.commit(&batch).unwrap();
@@ -128,10 +144,12 @@ fn mostly_dead_data_is_rewritten() {
     let before = size();
     let (index, opened) = Index::open(&at, &aside).unwrap();
     let mut left = 0;
-    index.scan(Table::Records, b"", |_, _: String| {
-        left += 1;
-        ControlFlow::Continue(())
-    }).unwrap();
+    index
+        .scan(Table::Records, b"", |_, _: String| {
+            left += 1;
+            ControlFlow::Continue(())
+        })
+        .unwrap();
     assert_eq!(left, 10);
     if before >= 32 << 20 {
         assert!(opened.compacted, "{before} bytes");
