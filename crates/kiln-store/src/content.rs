@@ -75,6 +75,13 @@ pub(crate) struct BlobTable {
     writers: Mutex<HashSet<String>>,
 }
 
+impl BlobTable {
+    /// Whether somebody writes the draft of this name.
+    pub(crate) fn has_writer(&self, name: &str) -> bool {
+        self.writers.lock().contains(name)
+    }
+}
+
 /// The content of one tenant. Cheap to clone; all calls block on the file system and belong on a blocking thread unless
 /// they say otherwise.
 #[derive(Clone, Debug)]

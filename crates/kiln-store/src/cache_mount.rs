@@ -1,0 +1,332 @@
+//! Cache mounts: directories that persist between runs of a step, by tenant and id.
+//!
+//! One id may have several directories: users that must not share (private ones, or shared ones beside a private one)
+//! get another one each. Everything is taken at once; nobody waits while holding part of what it asked for.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+use tokio::sync::Notify;
+
+use crate::error::{IoContext as _, Result, StoreError};
+use crate::ids::{DirId, LayerId, Tenant, Time};
+use crate::ledger::{Area, disk_usage};
+use crate::record_file;
+use crate::store::Store;
+use crate::view::View;
+
+/// How users of one cache mount get along (`--mount=type=cache,sharing=`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Sharing {
+    /// Any number of users at once.
+    #[default]
+    Shared,
+    /// One user at a time; another one gets another directory.
+    Private,
+    /// One user at a time; another one waits.
+    Locked,
+}
+
+/// One cache mount to take.
+#[derive(Clone, Debug)]
+pub struct CacheMountRequest {
+    /// The mount's id.
+    pub id: String,
+    /// How to get along with others.
+    pub sharing: Sharing,
+    /// What a new directory starts with: the layer (part of the identity) and its realised view.
+    pub base: Option<(LayerId, View)>,
+    /// For people: `cached mount … from exec …`.
+    pub description: String,
+}
+
+/// The record beside a cache mount's files, `cache-mounts/<id>/record`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct MountRecord {
+    pub(crate) id: DirId,
+    pub(crate) tenant: Tenant,
+    pub(crate) name: String,
+    pub(crate) base: Option<LayerId>,
+    pub(crate) description: String,
+    pub(crate) created_at: Time,
+    pub(crate) last_used: Time,
+    pub(crate) count: u64,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Use {
+    #[default]
+    Free,
+    Alone,
+    Together(usize),
+    /// Being removed.
+    Dying,
+}
+
+#[derive(Debug)]
+struct Instance {
+    record: MountRecord,
+    used: Use,
+    /// Disk space as last measured.
+    disk: u64,
+    stale: bool,
+}
+
+/// All cache mounts.
+#[derive(Debug, Default)]
+pub(crate) struct Table {
+    instances: Mutex<HashMap<DirId, Instance>>,
+    freed: Notify,
+}
+
+/// A cache mount in use. Dropping it gives it back.
+#[derive(Debug)]
+pub struct CacheMount {
+    store: Arc<Store>,
+    id: DirId,
+    path: PathBuf,
+    new: bool,
+}
+
+impl CacheMount {
+    /// The directory to mount. It and what is in it are changed by the user.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether it was made for this request (and mode and owner are still to be set).
+    pub fn is_new(&self) -> bool {
+        self.new
+    }
+}
+
+impl Drop for CacheMount {
+    fn drop(&mut self) {
+        self.store.cache_mounts.give_back(&self.id);
+        self.store.keeper.wake();
+    }
+}
+
+enum Taken {
+    Existing(DirId),
+    New(DirId),
+}
+
+impl Table {
+    fn give_back(&self, id: &DirId) {
+        if let Some(instance) = self.instances.lock().get_mut(id) {
+            instance.used = match instance.used {
+                Use::Together(n) if n > 1 => Use::Together(n - 1),
+                Use::Dying => Use::Dying,
+                _ => Use::Free,
+            };
+            instance.stale = true;
+        }
+        self.freed.notify_waiters();
+    }
+
+    /// Takes all or none; `None` means that a locked one is in use.
+    fn take(&self, tenant: &Tenant, requests: &[CacheMountRequest]) -> Option<Vec<Taken>> {
+        let mut instances = self.instances.lock();
+        let mut before: Vec<(DirId, Use)> = Vec::new();
+        let mut taken = Vec::new();
+        for request in requests {
+            let base = request.base.as_ref().map(|(id, _)| id);
+            let mut own: Vec<_> = instances
+                .values_mut()
+                .filter(|i| {
+                    let r = &i.record;
+                    r.tenant == *tenant && r.name == request.id && r.base.as_ref() == base && i.used != Use::Dying
+                })
+                .collect();
+            own.sort_by(|a, b| (a.record.created_at, &a.record.id).cmp(&(b.record.created_at, &b.record.id)));
+            let shared = own.iter().position(|i| matches!(i.used, Use::Together(_)));
+            let free = own.iter().position(|i| i.used == Use::Free);
+            let found = match request.sharing {
+                Sharing::Shared => shared.or(free),
+                Sharing::Private | Sharing::Locked => free,
+            };
+            if let Some(instance) = found.and_then(|n| own.get_mut(n)) {
+                before.push((instance.record.id.clone(), instance.used));
+                instance.used = match (request.sharing, instance.used) {
+                    (Sharing::Shared, Use::Together(n)) => Use::Together(n + 1),
+                    (Sharing::Shared, _) => Use::Together(1),
+                    _ => Use::Alone,
+                };
+                taken.push(Taken::Existing(instance.record.id.clone()));
+                continue;
+            }
+            if request.sharing == Sharing::Locked && !own.is_empty() {
+                for (id, used) in before {
+                    if let Some(instance) = instances.get_mut(&id) {
+                        instance.used = used;
+                    }
+                }
+                instances.retain(|id, _| !taken.iter().any(|t| matches!(t, Taken::New(new) if new == id)));
+                return None;
+            }
+            let id = DirId::random();
+            let now = Time::now();
+            let record = MountRecord {
+                id: id.clone(),
+                tenant: tenant.clone(),
+                name: request.id.clone(),
+                base: base.cloned(),
+                description: request.description.clone(),
+                created_at: now,
+                last_used: now,
+                count: 0,
+            };
+            let used = if request.sharing == Sharing::Shared { Use::Together(1) } else { Use::Alone };
+            instances.insert(id.clone(), Instance { record, used, disk: 0, stale: true });
+            taken.push(Taken::New(id));
+        }
+        Some(taken)
+    }
+}
+
+impl Store {
+    /// Takes all the cache mounts a step asks for, waiting for locked ones that are in use. Nothing is held while
+    /// waiting. Cancel by dropping the future.
+    ///
+    /// # Errors
+    /// If a new directory cannot be made.
+    pub async fn cache_mounts(
+        self: &Arc<Self>,
+        tenant: &Tenant,
+        requests: Vec<CacheMountRequest>,
+    ) -> Result<Vec<CacheMount>> {
+        loop {
+            let freed = self.cache_mounts.freed.notified();
+            tokio::pin!(freed);
+            freed.as_mut().enable();
+            if let Some(taken) = self.cache_mounts.take(tenant, &requests) {
+                let store = self.clone();
+                let work = tokio::task::spawn_blocking(move || store.make_mounts(taken, &requests));
+                return work.await.map_err(|_| StoreError::Panicked { task: "making cache mounts" })?;
+            }
+            freed.await;
+        }
+    }
+
+    fn make_mounts(self: &Arc<Self>, taken: Vec<Taken>, requests: &[CacheMountRequest]) -> Result<Vec<CacheMount>> {
+        let root = self.dir.part("cache-mounts");
+        // First every one becomes a handle: an error below gives all of them back.
+        let mounts: Vec<_> = taken
+            .into_iter()
+            .map(|taken| {
+                let (id, new) = match taken {
+                    Taken::Existing(id) => (id, false),
+                    Taken::New(id) => (id, true),
+                };
+                CacheMount { path: root.join(id.as_str()).join("fs"), store: self.clone(), id, new }
+            })
+            .collect();
+        for (mount, request) in mounts.iter().zip(requests) {
+            let made = self.prepare_mount(mount, request);
+            if let Err(error) = made {
+                for mount in mounts.iter().filter(|m| m.new) {
+                    self.cache_mounts.instances.lock().remove(&mount.id);
+                    let _ = self.trash.discard(self, &root.join(mount.id.as_str()), Area::CacheMounts, 0);
+                }
+                return Err(error);
+            }
+        }
+        Ok(mounts)
+    }
+
+    fn prepare_mount(self: &Arc<Self>, mount: &CacheMount, request: &CacheMountRequest) -> Result<()> {
+        let dir = self.dir.part("cache-mounts").join(mount.id.as_str());
+        let record = {
+            let mut instances = self.cache_mounts.instances.lock();
+            let Some(instance) = instances.get_mut(&mount.id) else { return Ok(()) };
+            instance.record.last_used = Time::now();
+            instance.record.count += 1;
+            instance.record.clone()
+        };
+        if mount.new {
+            fs::create_dir(&dir).during("create", &dir)?;
+            fs::create_dir(&mount.path).during("create", &mount.path)?;
+            if let Some((_, view)) = &request.base {
+                crate::materialize::copy_view(view, &mount.path)?;
+            }
+        }
+        record_file::write(&dir.join("record"), &record)?;
+        Ok(())
+    }
+
+    /// Reads what an earlier process left.
+    pub(crate) fn open_cache_mounts(&self) -> Result<()> {
+        let root = self.dir.part("cache-mounts");
+        for entry in fs::read_dir(&root).during("list", &root)? {
+            let path = entry.during("list", &root)?.path();
+            match record_file::read::<MountRecord>(&path.join("record")) {
+                Ok(record) if path.ends_with(record.id.as_str()) => {
+                    let disk = disk_usage(&path)?;
+                    self.ledger.add(Area::CacheMounts, disk);
+                    let instance = Instance { used: Use::Free, disk, stale: false, record };
+                    self.cache_mounts.instances.lock().insert(instance.record.id.clone(), instance);
+                }
+                Ok(_) => self.trash.discard(self, &path, Area::CacheMounts, 0)?,
+                Err(error) => {
+                    tracing::info!(%error, "a cache mount without a whole record is removed");
+                    self.trash.discard(self, &path, Area::CacheMounts, 0)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Measures cache mounts that were used since the last time.
+    pub(crate) fn measure_cache_mounts(&self, stop: &kiln_fs::Stop) {
+        let stale: Vec<DirId> = {
+            let mut instances = self.cache_mounts.instances.lock();
+            let free = instances.iter_mut().filter(|(_, i)| i.stale && i.used == Use::Free);
+            free.map(|(id, i)| {
+                i.stale = false;
+                id.clone()
+            })
+            .collect()
+        };
+        for id in stale {
+            if stop.is_stopped() {
+                return;
+            }
+            let measured = disk_usage(&self.dir.part("cache-mounts").join(id.as_str())).unwrap_or(0);
+            let mut instances = self.cache_mounts.instances.lock();
+            if let Some(instance) = instances.get_mut(&id) {
+                self.ledger.add(Area::CacheMounts, measured);
+                self.ledger.sub(Area::CacheMounts, instance.disk);
+                instance.disk = measured;
+            }
+        }
+    }
+
+    /// What usage lists and pruning chooses from: record, size, whether it is in use.
+    pub(crate) fn list_cache_mounts(&self) -> Vec<(MountRecord, u64, bool)> {
+        let instances = self.cache_mounts.instances.lock();
+        let alive = instances.values().filter(|i| i.used != Use::Dying);
+        alive.map(|i| (i.record.clone(), i.disk, i.used != Use::Free)).collect()
+    }
+
+    /// Removes a cache mount unless it is in use. Returns whether it did.
+    pub(crate) fn remove_cache_mount(&self, id: &DirId) -> Result<bool> {
+        let disk = {
+            let mut instances = self.cache_mounts.instances.lock();
+            match instances.get_mut(id) {
+                Some(instance) if instance.used == Use::Free => {
+                    instance.used = Use::Dying;
+                    instance.disk
+                }
+                _ => return Ok(false),
+            }
+        };
+        self.trash.discard(self, &self.dir.part("cache-mounts").join(id.as_str()), Area::CacheMounts, disk)?;
+        self.cache_mounts.instances.lock().remove(id);
+        Ok(true)
+    }
+}
