@@ -468,7 +468,8 @@ impl ContentWriter {
                 return Err(error);
             }
         }
-        let handle = self.content.store.clone().adopt_blob(&self.content.tenant, digest, &mut self)?;
+        let content = self.content.clone();
+        let handle = content.store.adopt_blob(&content.tenant, digest, &mut self)?;
         self.release();
         self.done = true;
         Ok(handle)
@@ -524,7 +525,7 @@ impl Store {
     }
 
     /// Turns a complete draft into a blob, or adds the tenant to a blob that is there.
-    fn adopt_blob(self: Arc<Self>, tenant: &Tenant, digest: Digest, draft: &mut ContentWriter) -> Result<BlobHandle> {
+    fn adopt_blob(self: &Arc<Self>, tenant: &Tenant, digest: Digest, draft: &mut ContentWriter) -> Result<BlobHandle> {
         let disk = blocks_of(&draft.file);
         let info = BlobInfo {
             digest,

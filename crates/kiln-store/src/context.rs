@@ -124,7 +124,7 @@ impl ContextDir {
             description: record.description,
             created_at: Time::now(),
             facts: RwLock::new(LayerFacts { tree: Some((TreeId::random(), tree)), ..LayerFacts::default() }),
-            keep: Mutex::new(Some(frozen)),
+            _keep: Mutex::new(Some(frozen)),
         };
         Ok(store.enter_ephemeral(node))
     }

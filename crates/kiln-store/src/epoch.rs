@@ -128,6 +128,7 @@ impl Epochs {
     }
 
     /// The epoch that is written in.
+    #[cfg(test)]
     pub(crate) fn current(&self) -> u64 {
         self.state.lock().current
     }

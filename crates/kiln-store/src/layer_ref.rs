@@ -65,7 +65,7 @@ pub(crate) struct LayerNode {
     pub(crate) created_at: Time,
     pub(crate) facts: RwLock<LayerFacts>,
     /// What must live as long as the layer does besides its record: a frozen context.
-    pub(crate) keep: Mutex<Option<Arc<dyn std::any::Any + Send + Sync>>>,
+    pub(crate) _keep: Mutex<Option<Arc<dyn std::any::Any + Send + Sync>>>,
 }
 
 impl LayerNode {
@@ -219,11 +219,6 @@ impl LayerRef {
                 || facts.chain.is_some_and(|chain| owner.store.has_tree_of_chain(&owner.tenant, chain))
         })
     }
-
-    /// Keeps something alive as long as the layer.
-    pub(crate) fn keep(&self, what: Arc<dyn std::any::Any + Send + Sync>) {
-        *self.node.keep.lock() = Some(what);
-    }
 }
 
 impl PartialEq for LayerRef {
@@ -326,6 +321,8 @@ pub(crate) struct LayerTable {
     pub(crate) trees: HashMap<TreeId, TreeEntry>,
     pub(crate) chains: HashMap<(Tenant, ChainId), TreeId>,
     pub(crate) lazies: HashMap<(Tenant, ChainId, Digest), LayerId>,
+    /// Layers that repeat another one over a parent, by both.
+    pub(crate) repeated: HashMap<(Option<LayerId>, LayerId), LayerId>,
     /// Layers whose usage is newer in memory than in the index.
     pub(crate) used: std::collections::HashSet<LayerId>,
 }
@@ -345,6 +342,9 @@ impl LayerTable {
             if let Some(chain) = record.chain {
                 self.chains.entry((record.tenant.clone(), chain)).or_insert_with(|| tree.clone());
             }
+        }
+        if let Some(origin) = &record.origin {
+            self.repeated.insert((record.parent.clone(), origin.clone()), record.id.clone());
         }
         if let (Some(chain), None) = (record.chain, &record.origin) {
             for blob in &record.blobs {
@@ -369,6 +369,12 @@ impl LayerTable {
         for below in [&record.parent, &record.origin].into_iter().flatten() {
             if let Some(entry) = self.layers.get_mut(below) {
                 entry.children = entry.children.saturating_sub(1);
+            }
+        }
+        if let Some(origin) = &record.origin {
+            let key = (record.parent.clone(), origin.clone());
+            if self.repeated.get(&key) == Some(id) {
+                self.repeated.remove(&key);
             }
         }
         if let Some(chain) = record.chain {
@@ -480,7 +486,7 @@ impl Store {
                 chain: record.chain,
                 blobs: record.blobs.clone(),
             }),
-            keep: Mutex::new(None),
+            _keep: Mutex::new(None),
         })
     }
 

@@ -1,20 +1,59 @@
 //! Bytes and file trees that outlive a build: content by digest, snapshots, cache records, leases, garbage collection.
 //!
 //! Tour:
-//! - [`error`]: how work fails. [`ids`]: what things are called and whose they are.
+//! - [`store`]: [`Store`], one state directory, opened (`open` mends it first; `layout` names its parts).
+//! - [`ids`], [`error`]: what things are called, whose they are, how work fails.
+//! - [`content`]: blobs by digest. [`provider`]: where missing ones come from.
+//! - [`layer_ref`]: [`LayerRef`], what a result is. [`realize`]: from a layer to files and blobs. [`active`]: how a new
+//!   layer comes to be.
+//! - [`records`]: cache records. [`history`]: build history.
+//! - [`cache_mount`], [`context`]: directories that persist and change.
+//! - [`ledger`]: the disk account. [`gc`]: what is kept and what goes.
+//! - `meta` (the index), `epoch` (what survives a power cut), `trash`, `keeper` (the background thread).
 //! - Trees: [`manifest`] (what is in one), [`tree`] (one on disk), [`view`] (what a stack of them shows), [`layer`]
 //!   (archive to tree and back), [`compress`].
 //!
 //! Absent on purpose: builds, vertices, sessions, registries. A blob that is not here arrives through a provider the
 //! caller brings.
 
+pub mod active;
+pub mod cache_mount;
+pub mod content;
+pub mod context;
+mod epoch;
 pub mod error;
+pub mod gc;
+pub mod history;
 pub mod ids;
+mod keeper;
+pub mod layer_ref;
+mod layout;
+pub mod ledger;
+mod materialize;
 mod meta;
+mod open;
+pub mod provider;
+pub mod realize;
 mod record_file;
+pub mod records;
+pub mod store;
+mod trash;
 
+pub use active::ActiveSnapshot;
+pub use cache_mount::{CacheMount, CacheMountRequest, Sharing};
+pub use content::{BlobHandle, BlobInfo, BlobReader, ContentStore, ContentWriter};
+pub use context::ContextDir;
 pub use error::{Result, StoreError};
+pub use gc::{GcPolicy, UsageRecord};
+pub use history::{History, HistoryRecord};
 pub use ids::{DirId, LayerId, RecordId, RecordType, Tenant, Time, TreeId};
+pub use layer_ref::{LayerMeta, LayerRef, LazyLayer};
+pub use ledger::{Area, LedgerReport, Reservation};
+pub use open::OpenReport;
+pub use provider::{BlobProvider, BlobStream, ProviderError, Providers};
+pub use realize::{RealizeCtx, RealizeEvent, RealizeObserver};
+pub use records::{CacheHit, CacheRecord, NewRecord, Records};
+pub use store::{SnapshotterChoice, Store, StoreConfig};
 pub use kiln_fs::{Stop, StopGuard};
 
 // Trees of files: what a layer is on disk and what is done with it.

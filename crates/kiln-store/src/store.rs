@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use kiln_fs::{Dir, Stop};
+use kiln_fs::Stop;
 use parking_lot::Mutex;
 
 use crate::content::{BlobTable, ContentStore};
@@ -203,11 +203,6 @@ impl Store {
             tracing::warn!(%error, "result not cached: the {what} could not be recorded");
         }
         self.keeper.wake();
-    }
-
-    /// The state directory as root of lookups.
-    pub(crate) fn dir_of(&self, part: &str) -> Result<Dir> {
-        Ok(Dir::open_ambient(self.dir.part(part))?)
     }
 }
 

@@ -277,6 +277,7 @@ impl Index {
     }
 
     /// Values found damaged since opening.
+    #[cfg(test)]
     pub(crate) fn damaged(&self) -> u64 {
         self.damaged.load(Ordering::Relaxed)
     }
