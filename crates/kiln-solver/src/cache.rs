@@ -207,6 +207,15 @@ impl<R> MemoryCache<R> {
             .or_default())
     }
 
+    /// Like [`prune`](Self::prune), by results.
+    pub fn prune_by(&self, tenant: &Tenant, mut victim: impl FnMut(&[R]) -> bool) {
+        self.with(tenant, |t| {
+            for record in t.records.values_mut() {
+                record.outputs.take_if(|outputs| victim(outputs));
+            }
+        });
+    }
+
     /// Removes the results of every record for which `victim` says so, as pruning does; keys stay.
     pub fn prune(&self, tenant: &Tenant, mut victim: impl FnMut(KeyId) -> bool) {
         self.with(tenant, |t| {
