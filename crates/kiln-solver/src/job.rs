@@ -129,8 +129,14 @@ pub(crate) struct JobInner<W: Worker> {
     pub(crate) canceled: CancellationToken,
     nodes: Mutex<Nodes<W>>,
     /// Content digests found out in this job; those of stored records are remembered longer by the cache.
-    pub(crate) contents: Mutex<HashMap<(RecordVersion, OutputIndex, Option<Digest>), Digest>>,
+    pub(crate) contents: Mutex<Contents>,
 }
+
+/// Content digests by run, output and selector.
+type Contents = HashMap<(RecordVersion, OutputIndex, Option<Digest>), Digest>;
+
+/// Something about a vertex that is found out once.
+type Once<W, T> = Arc<Lazy<Result<T, SolveError<<W as Worker>::Error>>>>;
 
 struct Nodes<W: Worker> {
     list: Vec<Arc<Node<W>>>,
@@ -155,9 +161,9 @@ pub(crate) struct NodeId(usize);
 pub(crate) struct Node<W: Worker> {
     pub(crate) vertex: Arc<Vertex>,
     pub(crate) inputs: Vec<(NodeId, OutputIndex)>,
-    pub(crate) map: Arc<Lazy<Result<Mapped<W>, SolveError<W::Error>>>>,
-    pub(crate) key: Arc<Lazy<Result<Option<KeyId>, SolveError<W::Error>>>>,
-    pub(crate) value: Arc<Lazy<Result<Outcome<W>, SolveError<W::Error>>>>,
+    pub(crate) map: Once<W, Mapped<W>>,
+    pub(crate) key: Once<W, Option<KeyId>>,
+    pub(crate) value: Once<W, Outcome<W>>,
 }
 
 /// An operation and what its keys are made of.

@@ -141,16 +141,21 @@ impl<E> Clone for RunFailure<E> {
 }
 
 type Error<W> = <W as Worker>::Error;
-type Value<W> = <W as Worker>::Ref;
+type Map<W> = Result<Mapped<W>, SolveError<Error<W>>>;
+type Content<W> = Result<Digest, RunFailure<Error<W>>>;
+type RunOf<W> = Result<Ran<<W as Worker>::Ref>, RunFailure<Error<W>>>;
+
+/// A table of work under ids of kind `K`.
+type Table<W, K, T> = Arc<Flights<K, OpContext<W>, T>>;
 
 pub(crate) struct SolverInner<W: Worker> {
     pub(crate) worker: W,
     pub(crate) cache: Arc<dyn CacheStore<W::Ref>>,
     pub(crate) permits: Option<Arc<Semaphore>>,
     pub(crate) spool: Arc<dyn LogSpool>,
-    pub(crate) maps: Arc<Flights<MapId, OpContext<W>, Result<Mapped<W>, SolveError<Error<W>>>>>,
-    pub(crate) contents: Arc<Flights<ContentId, OpContext<W>, Result<Digest, RunFailure<Error<W>>>>>,
-    pub(crate) runs: Arc<Flights<RunId, OpContext<W>, Result<Ran<Value<W>>, RunFailure<Error<W>>>>>,
+    pub(crate) maps: Table<W, MapId, Map<W>>,
+    pub(crate) contents: Table<W, ContentId, Content<W>>,
+    pub(crate) runs: Table<W, RunId, RunOf<W>>,
     unsaved: AtomicU64,
 }
 

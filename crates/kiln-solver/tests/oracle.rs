@@ -43,12 +43,18 @@ fn shapes() -> impl Strategy<Value = Vec<Shape>> {
         prop::bool::weighted(0.4),
         prop::bool::weighted(0.3),
     );
-    let shape = shape.prop_map(|(inputs, varies, coarse, transient)| Shape { inputs, varies, coarse, transient });
+    let shape = shape.prop_map(|(inputs, varies, coarse, transient)| Shape {
+        inputs,
+        varies,
+        coarse,
+        transient,
+    });
     prop::collection::vec(shape, 1..11)
 }
 
 fn builds() -> impl Strategy<Value = Vec<Build>> {
-    let sparse = || prop_oneof![3 => Just(0u16), 2 => any::<u16>().prop_map(|b| b & b.rotate_left(5) & b.rotate_left(9))];
+    let sparse =
+        || prop_oneof![3 => Just(0u16), 2 => any::<u16>().prop_map(|b| b & b.rotate_left(5) & b.rotate_left(9))];
     let build = (
         any::<prop::sample::Index>(),
         sparse(),
@@ -56,8 +62,13 @@ fn builds() -> impl Strategy<Value = Vec<Build>> {
         prop_oneof![2 => Just(0u64), 1 => any::<u64>()],
         prop::option::weighted(0.4, 0u8..40),
     );
-    let build = build
-        .prop_map(|(root, variants, ignores, pruned, give_up)| Build { root, variants, ignores, pruned, give_up });
+    let build = build.prop_map(|(root, variants, ignores, pruned, give_up)| Build {
+        root,
+        variants,
+        ignores,
+        pruned,
+        give_up,
+    });
     prop::collection::vec(build, 1..8)
 }
 
@@ -99,7 +110,13 @@ fn plan(shapes: &[Shape], build: &Build) -> Planned {
         ignores.push(ignore);
     }
     let root = build.root.index(shapes.len());
-    Planned { graph: builder.graph(edges[root]), ops, inputs, ignores, root }
+    Planned {
+        graph: builder.graph(edges[root]),
+        ops,
+        inputs,
+        ignores,
+        root,
+    }
 }
 
 /// The naive twin.
@@ -147,7 +164,10 @@ impl Twin {
 
     fn follow(&self, key: &str) -> Option<String> {
         let (canonical, conditions) = self.aliases.get(key)?;
-        conditions.iter().all(|(k, v)| self.version(k) == *v).then(|| canonical.clone())
+        conditions
+            .iter()
+            .all(|(k, v)| self.version(k) == *v)
+            .then(|| canonical.clone())
     }
 
     /// The identity of a vertex without making anything. Remembered in the job, as what it is made of may change.
@@ -163,7 +183,11 @@ impl Twin {
             let inputs: Vec<Option<String>> = job.plan.inputs[n].clone().iter().map(|i| self.key(job, *i)).collect();
             let inputs: Vec<String> = inputs.into_iter().collect::<Option<_>>()?;
             let definition = key(op, &inputs);
-            if op.by_content.contains(&true) { self.follow(&definition) } else { Some(definition) }
+            if op.by_content.contains(&true) {
+                self.follow(&definition)
+            } else {
+                Some(definition)
+            }
         })();
         job.keys.insert(n, found.clone());
         found
@@ -183,7 +207,13 @@ impl Twin {
         let inputs = job.plan.inputs[n].clone();
         let ignore = job.plan.ignores[n];
         let by_content = op.by_content.contains(&true);
-        let hit = |key: String, (version, value)| Made { key, version, value, trusted: true, volatile: false };
+        let hit = |key: String, (version, value)| Made {
+            key,
+            version,
+            value,
+            trusted: true,
+            volatile: false,
+        };
         if !ignore {
             if let Some(key) = self.key(job, n)
                 && let Some(found) = self.find(&key)
@@ -226,15 +256,28 @@ impl Twin {
         let parts: Vec<String> = made
             .iter()
             .zip(op.by_content.iter().chain(std::iter::repeat(&false)))
-            .map(|(m, content)| if *content { m.value.content.clone() } else { m.key.clone() })
+            .map(|(m, content)| {
+                if *content {
+                    m.value.content.clone()
+                } else {
+                    m.key.clone()
+                }
+            })
             .collect();
         let used_whole = || made.iter().zip(&op.by_content).filter(|(_, c)| !**c).map(|(m, _)| m);
         let trusted = !ignore && used_whole().all(|m| m.trusted);
         let volatile = op.transient || used_whole().any(|m| m.volatile);
         let canonical = key(&op, &parts);
-        let looked_at: Vec<(String, u64)> =
-            made.iter().zip(&op.by_content).filter(|(_, c)| **c).map(|(m, _)| (m.key.clone(), m.version)).collect();
-        if trusted && !volatile && let Some(found) = self.find(&canonical) {
+        let looked_at: Vec<(String, u64)> = made
+            .iter()
+            .zip(&op.by_content)
+            .filter(|(_, c)| **c)
+            .map(|(m, _)| (m.key.clone(), m.version))
+            .collect();
+        if trusted
+            && !volatile
+            && let Some(found) = self.find(&canonical)
+        {
             self.learn(job, n, &canonical, &looked_at);
             return hit(canonical, found);
         }
@@ -251,7 +294,13 @@ impl Twin {
             self.learn(job, n, &canonical, &looked_at);
             version
         };
-        Made { key: canonical, version, value, trusted, volatile }
+        Made {
+            key: canonical,
+            version,
+            value,
+            trusted,
+            volatile,
+        }
     }
 
     /// Remembers what was looked at: contents of inputs, and that the definition leads to this record.
@@ -265,7 +314,8 @@ impl Twin {
                 && !made.volatile
                 && self.version(&made.key) == made.version
             {
-                self.contents.insert(made.key.clone(), (made.version, made.value.content.clone()));
+                self.contents
+                    .insert(made.key.clone(), (made.version, made.value.content.clone()));
             }
             identities.push(match made {
                 Some(made) if *content && made.volatile => None,
@@ -276,7 +326,8 @@ impl Twin {
         if let Some(identities) = identities.into_iter().collect::<Option<Vec<_>>>() {
             let definition = key(op, &identities);
             if definition != canonical {
-                self.aliases.insert(definition, (canonical.to_owned(), looked_at.to_vec()));
+                self.aliases
+                    .insert(definition, (canonical.to_owned(), looked_at.to_vec()));
             }
         }
     }
@@ -308,14 +359,25 @@ fn without_runs(value: &Value) -> Value {
         }
         out
     };
-    Value { text: strip(&value.text), content: strip(&value.content), run: 0 }
+    Value {
+        text: strip(&value.text),
+        content: strip(&value.content),
+        run: 0,
+    }
 }
 
 fn runtime(threads: usize) -> tokio::runtime::Runtime {
     if threads > 1 {
-        tokio::runtime::Builder::new_multi_thread().worker_threads(threads).enable_all().build().unwrap()
+        tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(threads)
+            .enable_all()
+            .build()
+            .unwrap()
     } else {
-        tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
+        tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap()
     }
 }
 

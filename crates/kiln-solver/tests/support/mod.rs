@@ -1,5 +1,10 @@
 //! A worker that computes with strings: what the solver is tested with.
-#![allow(dead_code, unreachable_pub, clippy::unwrap_used, reason = "a test; each binary uses a part of it")]
+#![allow(
+    dead_code,
+    unreachable_pub,
+    clippy::unwrap_used,
+    reason = "a test; each binary uses a part of it"
+)]
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,8 +16,8 @@ use kiln_llb::wire::{encode_op, encode_terminal};
 use kiln_llb::{Definition, Edge, Graph, OpMetadata, Vertex, vertex_digest};
 use kiln_oci::Digest;
 use kiln_solver::{
-    CacheMap, CacheStore, Dep, ErrorKind, ExecFailure, Job, JobId, JobSpec, MemoryCache, Op, OpContext, OpDigest, Solver,
-    SolverOptions, Tenant, Worker, WorkerError,
+    CacheMap, CacheStore, Dep, ErrorKind, ExecFailure, Job, JobId, JobSpec, MemoryCache, Op, OpContext, OpDigest,
+    Solver, SolverOptions, Tenant, Worker, WorkerError,
 };
 use serde::{Deserialize, Serialize};
 use tokio::sync::Semaphore;
@@ -38,7 +43,10 @@ pub struct TestOp {
 }
 
 pub fn op(name: &str) -> TestOp {
-    TestOp { name: name.into(), ..TestOp::default() }
+    TestOp {
+        name: name.into(),
+        ..TestOp::default()
+    }
 }
 
 /// Builds graphs bottom up.
@@ -54,12 +62,23 @@ impl GraphBuilder {
     }
 
     pub fn add_with(&mut self, op: &TestOp, inputs: &[Edge], ignore_cache: bool) -> Edge {
-        self.add_full(op, inputs, 1, OpMetadata { ignore_cache, ..OpMetadata::default() })
+        self.add_full(
+            op,
+            inputs,
+            1,
+            OpMetadata {
+                ignore_cache,
+                ..OpMetadata::default()
+            },
+        )
     }
 
     pub fn add_full(&mut self, op: &TestOp, inputs: &[Edge], outputs: usize, mut metadata: OpMetadata) -> Edge {
         let id = serde_json::to_string(op).unwrap();
-        let llb = LlbOp::Passthrough(PassthroughOp { id, outputs: vec![-1; outputs] });
+        let llb = LlbOp::Passthrough(PassthroughOp {
+            id,
+            outputs: vec![-1; outputs],
+        });
         let bytes = encode_op(&llb, inputs, None, &[]);
         let vertex = vertex_digest(&bytes);
         metadata.description.insert("llb.customname".into(), op.name.clone());
@@ -71,7 +90,11 @@ impl GraphBuilder {
     pub fn graph(&self, root: Edge) -> Graph {
         let mut ops = self.ops.clone();
         ops.push(encode_terminal(&root));
-        let definition = Definition { ops, metadata: self.metadata.clone(), ..Definition::default() };
+        let definition = Definition {
+            ops,
+            metadata: self.metadata.clone(),
+            ..Definition::default()
+        };
         Graph::load(&definition).unwrap()
     }
 }
@@ -101,10 +124,18 @@ impl WorkerError for TestError {
         self.personal
     }
     fn canceled() -> Self {
-        Self { kind: ErrorKind::Canceled, personal: false, message: "context canceled".into() }
+        Self {
+            kind: ErrorKind::Canceled,
+            personal: false,
+            message: "context canceled".into(),
+        }
     }
     fn internal(message: String) -> Self {
-        Self { kind: ErrorKind::Internal, personal: false, message }
+        Self {
+            kind: ErrorKind::Internal,
+            personal: false,
+            message,
+        }
     }
 }
 
@@ -181,16 +212,29 @@ impl Worker for TestWorker {
     type Client = String;
 
     fn op(&self, vertex: &Arc<Vertex>) -> Result<Arc<dyn Op<Self>>, TestError> {
-        let LlbOp::Passthrough(p) = &vertex.op else { return Err(TestError::internal("not a test".into())) };
+        let LlbOp::Passthrough(p) = &vertex.op else {
+            return Err(TestError::internal("not a test".into()));
+        };
         let op: TestOp = serde_json::from_str(&p.id).map_err(|e| TestError::internal(e.to_string()))?;
         let (inputs, outputs) = (vertex.inputs.len(), vertex.outputs());
-        Ok(Arc::new(TestVertex { op, inputs, outputs, shared: Arc::clone(&self.0) }))
+        Ok(Arc::new(TestVertex {
+            op,
+            inputs,
+            outputs,
+            shared: Arc::clone(&self.0),
+        }))
     }
 }
 
 impl TestVertex {
     fn behavior(&self) -> Behavior {
-        self.shared.behaviors.lock().unwrap().get(&self.op.name).cloned().unwrap_or_default()
+        self.shared
+            .behaviors
+            .lock()
+            .unwrap()
+            .get(&self.op.name)
+            .cloned()
+            .unwrap_or_default()
     }
 
     fn by_content(&self, input: usize) -> bool {
@@ -207,11 +251,21 @@ pub fn compute(op: &TestOp, inputs: &[Value], run: u64) -> Value {
     let parts: Vec<&str> = inputs
         .iter()
         .enumerate()
-        .map(|(i, v)| if op.by_content.get(i).copied().unwrap_or(false) { v.content.as_str() } else { v.text.as_str() })
+        .map(|(i, v)| {
+            if op.by_content.get(i).copied().unwrap_or(false) {
+                v.content.as_str()
+            } else {
+                v.text.as_str()
+            }
+        })
         .collect();
     let varying = if op.varies { format!("#{run}") } else { String::new() };
     let text = format!("{}.{}{varying}({})", op.name, op.variant, parts.join(" "));
-    let content = if op.coarse { format!("<{}>", op.name) } else { format!("<{text}>") };
+    let content = if op.coarse {
+        format!("<{}>", op.name)
+    } else {
+        format!("<{text}>")
+    };
     Value { text, content, run }
 }
 
@@ -235,9 +289,19 @@ impl Op<TestWorker> for TestVertex {
         if let Some(second) = &self.op.second_key {
             keys.push(OpDigest(Digest::of(second)));
         }
-        let deps = (0..self.inputs).map(|i| Dep { selector: None, content: self.by_content(i) }).collect();
+        let deps = (0..self.inputs)
+            .map(|i| Dep {
+                selector: None,
+                content: self.by_content(i),
+            })
+            .collect();
         tokio::task::yield_now().await;
-        Ok(CacheMap { keys, subject: identity, deps, transient: self.op.transient })
+        Ok(CacheMap {
+            keys,
+            subject: identity,
+            deps,
+            transient: self.op.transient,
+        })
     }
 
     async fn content_digest(
@@ -255,21 +319,32 @@ impl Op<TestWorker> for TestVertex {
         let behavior = self.behavior();
         let _permit = cx.permit().await;
         if let Some((input, times)) = &behavior.loses
-            && times.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1)).is_ok()
+            && times
+                .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1))
+                .is_ok()
         {
             return Err(ExecFailure::InputLost(*input));
         }
         let texts: Vec<String> = inputs
             .iter()
             .enumerate()
-            .map(|(i, v)| if self.by_content(i) { v.content.clone() } else { format!("{} of run {}", v.text, v.run) })
+            .map(|(i, v)| {
+                if self.by_content(i) {
+                    v.content.clone()
+                } else {
+                    format!("{} of run {}", v.text, v.run)
+                }
+            })
             .collect();
         // Who ignores the cache does not join who may use it.
         let what = format!("{}.{} {texts:?} {}", self.op.name, self.op.variant, cx.ignores_cache());
         if !self.shared.running.lock().unwrap().insert(what.clone()) {
             self.shared.doubled.lock().unwrap().push(what.clone());
         }
-        let running = RunningGuard { shared: Arc::clone(&self.shared), what };
+        let running = RunningGuard {
+            shared: Arc::clone(&self.shared),
+            what,
+        };
         struct Teardown(Option<(Arc<Semaphore>, kiln_solver::TeardownGuard, RunningGuard)>);
         impl Drop for Teardown {
             fn drop(&mut self) {
@@ -283,12 +358,18 @@ impl Op<TestWorker> for TestVertex {
             }
         }
         let mut running = Some(running);
-        let mut teardown = Teardown(behavior.slow_teardown.map(|g| (g, cx.teardown().unwrap(), running.take().unwrap())));
+        let mut teardown = Teardown(
+            behavior
+                .slow_teardown
+                .map(|g| (g, cx.teardown().unwrap(), running.take().unwrap())),
+        );
         self.shared.begun.lock().unwrap().push(self.op.name.clone());
         self.shared.changed.notify_waiters();
         let run = self.shared.runs.fetch_add(1, Ordering::SeqCst);
         if let Some(text) = behavior.log {
-            cx.progress().log(kiln_solver::LogStream::Stdout, text.as_bytes()).unwrap();
+            cx.progress()
+                .log(kiln_solver::LogStream::Stdout, text.as_bytes())
+                .unwrap();
         }
         match &behavior.gate {
             Some(gate) => gate.acquire().await.unwrap().forget(),
@@ -296,19 +377,40 @@ impl Op<TestWorker> for TestVertex {
         }
         assert!(!behavior.panics, "on purpose");
         if let Some((kind, message)) = behavior.error {
-            return Err(TestError { kind, personal: false, message: message.into() }.into());
+            return Err(TestError {
+                kind,
+                personal: false,
+                message: message.into(),
+            }
+            .into());
         }
         if let Some(name) = behavior.needs_client
             && !cx.clients().iter().any(|c| c.as_str() == name)
         {
             let message = format!("no session of {name}");
-            return Err(TestError { kind: ErrorKind::Unavailable, personal: true, message }.into());
+            return Err(TestError {
+                kind: ErrorKind::Unavailable,
+                personal: true,
+                message,
+            }
+            .into());
         }
         let value = compute(&self.op, inputs, run);
         self.shared.ended.lock().unwrap().push(self.op.name.clone());
         teardown.0 = None;
         drop(running);
-        Ok((0..self.outputs).map(|n| if n == 0 { value.clone() } else { Value { text: format!("{}@{n}", value.text), ..value.clone() } }).collect())
+        Ok((0..self.outputs)
+            .map(|n| {
+                if n == 0 {
+                    value.clone()
+                } else {
+                    Value {
+                        text: format!("{}@{n}", value.text),
+                        ..value.clone()
+                    }
+                }
+            })
+            .collect())
     }
 }
 
@@ -328,7 +430,12 @@ impl Lab {
         let worker = TestWorker::default();
         let cache = Arc::new(MemoryCache::new());
         let store: Arc<dyn CacheStore<Value>> = Arc::clone(&cache) as _;
-        Self { worker: Arc::clone(&worker.0), cache, solver: Solver::new(worker, store, options), jobs: AtomicU64::new(0) }
+        Self {
+            worker: Arc::clone(&worker.0),
+            cache,
+            solver: Solver::new(worker, store, options),
+            jobs: AtomicU64::new(0),
+        }
     }
 
     pub fn job(&self) -> Job<TestWorker> {
@@ -337,7 +444,11 @@ impl Lab {
 
     pub fn job_of(&self, client: &str, tenant: Tenant) -> Job<TestWorker> {
         let n = self.jobs.fetch_add(1, Ordering::Relaxed);
-        self.solver.job(JobSpec { id: JobId::new(format!("job-{n}")), tenant, client: Arc::new(client.to_owned()) })
+        self.solver.job(JobSpec {
+            id: JobId::new(format!("job-{n}")),
+            tenant,
+            client: Arc::new(client.to_owned()),
+        })
     }
 
     /// One build of one edge.
@@ -351,6 +462,10 @@ impl Lab {
         while self.solver.in_flight() > 0 {
             tokio::task::yield_now().await;
         }
-        assert_eq!(*self.worker.doubled.lock().unwrap(), Vec::<String>::new(), "ran twice at the same time");
+        assert_eq!(
+            *self.worker.doubled.lock().unwrap(),
+            Vec::<String>::new(),
+            "ran twice at the same time"
+        );
     }
 }
