@@ -217,3 +217,9 @@ impl<T, E: Into<io::Error>> IoContext<T> for std::result::Result<T, E> {
         self.map_err(|source| StoreError::io(action, path, source))
     }
 }
+
+impl From<kiln_match::Error> for StoreError {
+    fn from(error: kiln_match::Error) -> Self {
+        Self::Invalid(error.to_string())
+    }
+}

@@ -107,7 +107,14 @@ impl FileJob {
         Ok(self.dir.set_mtime(name, self.mtime)?)
     }
 
-    fn write_stream(&self, size: u64, pieces: Option<&[(u64, u64)]>, input: &mut impl Read, stop: &Stop) -> Result<()> {
+    /// Makes the file from the next bytes of `input`; `pieces` says where they go in a sparse file.
+    pub(crate) fn write_stream(
+        &self,
+        size: u64,
+        pieces: Option<&[(u64, u64)]>,
+        input: &mut impl Read,
+        stop: &Stop,
+    ) -> Result<()> {
         let file = self.create()?;
         let whole = [(0, size)];
         if pieces.is_some() {

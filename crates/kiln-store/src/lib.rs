@@ -11,7 +11,7 @@
 //! - [`ledger`]: the disk account. [`gc`]: what is kept and what goes.
 //! - `meta` (the index), `epoch` (what survives a power cut), `trash`, `keeper` (the background thread).
 //! - Trees: [`manifest`] (what is in one), [`tree`] (one on disk), [`view`] (what a stack of them shows), [`layer`]
-//!   (archive to tree and back), [`compress`].
+//!   (archive to tree and back), [`compress`], [`union`] (FileOp: a new tree over a view, without a mount).
 //!
 //! Absent on purpose: builds, vertices, sessions, registries. A blob that is not here arrives through a provider the
 //! caller brings.
@@ -62,9 +62,11 @@ mod files;
 pub mod layer;
 pub mod manifest;
 pub mod tree;
+pub mod union;
 pub mod view;
 
 pub use compress::{Algorithm, Compression};
 pub use manifest::{Entry, Kind, Manifest, Usage};
 pub use tree::{OverlayXattr, Tree, TreeBuilder};
+pub use union::{CopySpec, FileWriter, ModeChange, Owner, OwnerSpec, UserSpec};
 pub use view::{Node, View};

@@ -304,6 +304,11 @@ impl Manifest {
         &self.entries
     }
 
+    /// The entries, in order.
+    pub fn into_entries(self) -> Vec<Entry> {
+        self.entries
+    }
+
     /// The entry with the given index.
     pub fn get(&self, index: u32) -> Option<&Entry> {
         self.entries.get(index as usize)
