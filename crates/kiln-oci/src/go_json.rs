@@ -78,6 +78,59 @@ pub fn compact(json: &str, out: &mut Vec<u8>) {
     }
 }
 
+/// `json`, which must be valid JSON, indented by two spaces and with Go's escapes; the raw form of [`to_vec_indent`].
+pub fn indent(json: &str) -> Vec<u8> {
+    let mut plain = Vec::new();
+    compact(json, &mut plain);
+    let mut out = Vec::with_capacity(plain.len() * 2);
+    let mut depth = 0;
+    let mut in_string = false;
+    let mut escaped = false;
+    let line = |out: &mut Vec<u8>, depth: usize| {
+        out.push(b'\n');
+        out.extend(std::iter::repeat_n(b' ', 2 * depth));
+    };
+    for (i, &b) in plain.iter().enumerate() {
+        if in_string {
+            out.push(b);
+            if escaped {
+                escaped = false;
+            } else if b == b'\\' {
+                escaped = true;
+            } else if b == b'"' {
+                in_string = false;
+            }
+            continue;
+        }
+        match b {
+            b'{' | b'[' => {
+                out.push(b);
+                depth += 1;
+                if !matches!(plain.get(i + 1), Some(b'}' | b']')) {
+                    line(&mut out, depth);
+                }
+            }
+            b'}' | b']' => {
+                depth = depth.saturating_sub(1);
+                if !matches!(i.checked_sub(1).and_then(|p| plain.get(p)), Some(b'{' | b'[')) {
+                    line(&mut out, depth);
+                }
+                out.push(b);
+            }
+            b',' => {
+                out.push(b);
+                line(&mut out, depth);
+            }
+            b':' => out.extend_from_slice(b": "),
+            _ => {
+                in_string = b == b'"';
+                out.push(b);
+            }
+        }
+    }
+    out
+}
+
 fn escape_ascii(b: u8) -> &'static [u8] {
     match b {
         b'<' => b"\\u003c",
@@ -174,6 +227,9 @@ mod tests {
     #[test]
     fn indented_form_is_gos() {
         let v = serde_json::json!({"a": [], "b": {}, "c": ["<"]});
+        assert_eq!(indent(&v.to_string()), to_vec_indent(&v).unwrap());
+        let nested = serde_json::json!([{"k": ["a,b:{\"", {"x": [[]]}], "n": 1.5}, null]);
+        assert_eq!(indent(&nested.to_string()), to_vec_indent(&nested).unwrap());
         assert_eq!(
             String::from_utf8(to_vec_indent(&v).unwrap()).unwrap(),
             "{\n  \"a\": [],\n  \"b\": {},\n  \"c\": [\n    \"\\u003c\"\n  ]\n}"

@@ -158,6 +158,11 @@ impl ImageConfig {
         Ok(())
     }
 
+    /// Whether the member is there, be it null.
+    pub fn has(&self, member: &str) -> bool {
+        self.members.contains_key(member)
+    }
+
     /// Removes one member.
     pub fn remove(&mut self, member: &str) {
         self.members.remove(member);

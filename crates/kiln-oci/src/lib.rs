@@ -3,7 +3,7 @@
 //! Tour: [`digest`] is what everything is named by, [`platform`] what it is for, [`reference`] what users call it.
 //! [`descriptor`] has descriptors, manifests and indexes, [`media_type`] their types, [`image_config`] the config as a
 //! patched JSON object with the [`history`] rules, [`timestamp`] the times in it, [`go_json`] the JSON form that digests
-//! over JSON (configs, manifests, cache keys) depend on.
+//! over JSON (configs, manifests, cache keys) depend on, [`purl`] how attestations name images.
 //!
 //! Absent on purpose: disks, networks, async. Nothing here performs I/O. `oci-spec` is re-exported for readers that
 //! want its types; what Kiln writes comes from its own structs, whose bytes are the same every time.
@@ -17,6 +17,7 @@ pub mod history;
 pub mod image_config;
 pub mod media_type;
 pub mod platform;
+pub mod purl;
 pub mod reference;
 pub mod timestamp;
 

@@ -31,6 +31,7 @@ impl Registry {
             hosts: self.hosts.clone(),
             credentials,
             liars: Arc::default(),
+            insecure: false,
         }
     }
 
@@ -40,7 +41,7 @@ impl Registry {
     /// The first host's error.
     pub fn check(&self) -> Result<(), RegistryError> {
         for host in self.hosts.config().hosts.keys() {
-            self.hosts.endpoints(host)?;
+            self.hosts.endpoints(host, false)?;
         }
         Ok(())
     }
@@ -53,12 +54,20 @@ pub struct Client {
     pub(crate) credentials: Arc<dyn CredentialSource>,
     /// Hosts that sent wrong bytes for a blob, asked for that blob only when nobody else is left.
     liars: Arc<Mutex<HashSet<(String, Digest)>>>,
+    insecure: bool,
 }
 
 impl Client {
+    /// The same client, for which every host is as if configured with `insecure` (`registry.insecure` of exporters).
+    #[must_use]
+    pub fn insecure(mut self) -> Self {
+        self.insecure = true;
+        self
+    }
+
     /// The endpoints to read `digest` from, those that lied about it before last.
     pub(crate) fn readers(&self, domain: &str, digest: Option<Digest>) -> Result<Vec<Arc<Endpoint>>, RegistryError> {
-        let mut list = self.hosts.endpoints(domain)?.to_vec();
+        let mut list = self.hosts.endpoints(domain, self.insecure)?.to_vec();
         if let Some(digest) = digest {
             let liars = self.liars.lock().unwrap_or_else(PoisonError::into_inner);
             list.sort_by_key(|e| liars.contains(&(e.host.clone(), digest)));
@@ -69,7 +78,7 @@ impl Client {
     /// The endpoint to write to.
     pub(crate) fn origin(&self, domain: &str) -> Result<Arc<Endpoint>, RegistryError> {
         self.hosts
-            .endpoints(domain)?
+            .endpoints(domain, self.insecure)?
             .last()
             .cloned()
             .ok_or_else(|| RegistryError::Config {

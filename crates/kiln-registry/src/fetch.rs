@@ -38,11 +38,33 @@ impl Client {
             lane: Lane::Bulk,
             offset: 0,
             hasher: Some(Hasher::new()),
+            ended: false,
             answer: None,
             failures: 0,
             failed_at: 0,
             best: None,
         })
+    }
+
+    /// Opens a blob at `offset` for a caller that checks size and digest by itself.
+    ///
+    /// # Errors
+    /// Only if the configuration of the registry is unusable.
+    pub fn fetch_blob_from(
+        &self,
+        repository: &ImageRef,
+        digest: Digest,
+        size: Option<u64>,
+        offset: u64,
+    ) -> Result<BlobReader, RegistryError> {
+        let mut reader = self.fetch_blob(repository, digest, size)?;
+        // With several hosts it matters which of them lied, so the digest is checked here too where that is possible.
+        if offset > 0 || reader.endpoints.len() < 2 {
+            reader.hasher = None;
+        }
+        reader.offset = offset;
+        reader.failed_at = offset;
+        Ok(reader)
     }
 
     /// A whole small blob (a config, an attestation), checked. Uses the permit kept for small documents if need be.
@@ -104,8 +126,10 @@ pub struct BlobReader {
     size: Option<u64>,
     lane: Lane,
     offset: u64,
-    /// Taken when the end was seen and checked.
+    /// `None` if the caller checks the digest.
     hasher: Option<Hasher>,
+    /// The end was seen and found right.
+    ended: bool,
     answer: Option<Answer>,
     failures: u32,
     failed_at: u64,
@@ -127,7 +151,7 @@ impl BlobReader {
     pub async fn chunk(&mut self) -> Result<Option<Bytes>, RegistryError> {
         let stall = self.client.hosts.config().timeouts.stall;
         loop {
-            if self.hasher.is_none() {
+            if self.ended {
                 return Ok(None);
             }
             let error = match &mut self.answer {

@@ -97,14 +97,21 @@ impl Endpoint {
     }
 }
 
+/// Mirrors in order, then the origin.
+pub(crate) type Endpoints = Arc<[Arc<Endpoint>]>;
+
+/// Permits of the bulk and of the small lane.
+type Limits = (Arc<Semaphore>, Arc<Semaphore>);
+
 /// All endpoints that were ever needed, by registry name.
 #[derive(Debug)]
 pub(crate) struct Hosts {
     config: RegistryConfig,
     roots: Vec<CertificateDer<'static>>,
     /// Limits belong to a host, however many names it is reached by.
-    limits: Mutex<HashMap<String, (Arc<Semaphore>, Arc<Semaphore>)>>,
-    known: Mutex<HashMap<String, Arc<[Arc<Endpoint>]>>>,
+    limits: Mutex<HashMap<String, Limits>>,
+    /// By registry name and whether insecure access was asked for.
+    known: Mutex<HashMap<(String, bool), Endpoints>>,
 }
 
 impl Hosts {
@@ -126,8 +133,9 @@ impl Hosts {
     }
 
     /// Mirrors of `domain` in order, then its origin, which is always there and last.
-    pub(crate) fn endpoints(&self, domain: &str) -> Result<Arc<[Arc<Endpoint>]>, RegistryError> {
-        if let Some(found) = self.known.lock().unwrap_or_else(PoisonError::into_inner).get(domain) {
+    pub(crate) fn endpoints(&self, domain: &str, insecure: bool) -> Result<Endpoints, RegistryError> {
+        let key = (domain.to_owned(), insecure);
+        if let Some(found) = self.known.lock().unwrap_or_else(PoisonError::into_inner).get(&key) {
             return Ok(found.clone());
         }
         let mut list = Vec::new();
@@ -141,9 +149,9 @@ impl Hosts {
             .cloned()
             .unwrap_or_default();
         list.push(Arc::new(self.endpoint(host, String::new(), None, &config)?));
-        let list: Arc<[Arc<Endpoint>]> = list.into();
+        let list: Endpoints = list.into();
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        Ok(known.entry(domain.to_owned()).or_insert(list).clone())
+        Ok(known.entry(key).or_insert(list).clone())
     }
 
     fn mirror(&self, text: &str, domain: &str) -> Result<Endpoint, RegistryError> {
@@ -380,7 +388,7 @@ mod tests {
     }
 
     fn urls(h: &Hosts, domain: &str) -> Vec<String> {
-        h.endpoints(domain)
+        h.endpoints(domain, false)
             .unwrap()
             .iter()
             .map(|e| e.url("/a/manifests/1"))
@@ -442,7 +450,7 @@ mod tests {
                 ..HostConfig::default()
             },
         );
-        let text = h.endpoints("r.example").unwrap_err().to_string();
+        let text = h.endpoints("r.example", false).unwrap_err().to_string();
         assert!(
             text.contains("r.example") && text.contains("/nonexistent/ca.pem"),
             "{text}"

@@ -21,6 +21,8 @@ use bytes::Bytes;
 use kiln_fs::mode::{GO_CHAR_DEVICE, GO_DEVICE, GO_DIR, GO_SYMLINK, GO_TYPE};
 use kiln_proto::fsutil::{Packet, Stat, packet::PacketType};
 
+/// Go's mode bits of a `st_mode`, as [`Entry::mode`] carries them.
+pub use kiln_fs::mode::to_go as go_mode;
 pub use path::compare as compare_paths;
 pub(crate) use receive::receive;
 pub use receive::{DigestPrefix, Existing, METADATA_FILE, Progress, ReceiveOptions, Received, TransferStats};
