@@ -20,6 +20,9 @@ use crate::session::{MAX_RECEIVED, MAX_SENT, Session};
 
 const LIMIT: Duration = Duration::from_secs(60);
 
+/// Metadata key that names the store a call is for.
+pub(crate) const KEY_STORE: &str = "buildkit-attachable-store-id";
+
 /// One of the client's content stores.
 #[derive(Clone, Debug)]
 pub struct ClientContent {

@@ -16,13 +16,13 @@ use tonic::{Request, Response};
 
 use crate::channel::origin;
 use crate::error::{Result, SessionError};
-use crate::fsutil::{SendStats, TreeSource, send_tree};
+use crate::fsutil::{Role, SendStats, TreeSource, send_tree};
 use crate::metadata;
 use crate::session::{MAX_RECEIVED, MAX_SENT, Session};
 
 const METHOD: &str = "/moby.filesync.v1.FileSend/DiffCopy";
-const KEY_EXPORTER: &str = "buildkit-attachable-exporter-id";
-const KEY_MULTI_PLATFORM: &str = "buildkit-exporter-multi-platform";
+pub(crate) const KEY_EXPORTER: &str = "buildkit-attachable-exporter-id";
+pub(crate) const KEY_MULTI_PLATFORM: &str = "buildkit-exporter-multi-platform";
 
 /// How a file transfer to the client ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -182,7 +182,7 @@ impl Session {
             .try_flatten()
             .map_err(|status| self.error(what, &status));
         tokio::select! {
-            sent = send_tree(source, Box::pin(inbound), sender) => sent,
+            sent = send_tree(source, Box::pin(inbound), sender, Role::Caller) => sent,
             () = self.closed() => Err(self.gone()),
         }
     }

@@ -32,17 +32,32 @@ pub struct Tunnel<S> {
 #[derive(Debug)]
 pub struct Outbound(mpsc::Receiver<Bytes>);
 
+/// The writing half of a [`Tunnel`] whose reading half does not exist yet.
+#[derive(Debug)]
+pub struct Writer(mpsc::Sender<Bytes>);
+
+/// The outgoing direction alone, for the side that makes the call: its request needs the messages, and only the answer
+/// brings the inbound stream.
+pub fn outgoing() -> (Writer, Outbound) {
+    let (sender, receiver) = mpsc::channel(WAITING);
+    (Writer(sender), Outbound(receiver))
+}
+
 impl<S> Tunnel<S> {
     /// A tunnel that reads from `inbound`, and the messages it writes.
     pub fn new(inbound: S) -> (Self, Outbound) {
-        let (sender, receiver) = mpsc::channel(WAITING);
-        let tunnel = Tunnel {
+        let (writer, outbound) = outgoing();
+        (Self::join(inbound, writer), outbound)
+    }
+
+    /// Puts both directions together.
+    pub fn join(inbound: S, writer: Writer) -> Self {
+        Tunnel {
             inbound,
             current: Bytes::new(),
             ended: false,
-            outbound: PollSender::new(sender),
-        };
-        (tunnel, Outbound(receiver))
+            outbound: PollSender::new(writer.0),
+        }
     }
 }
 

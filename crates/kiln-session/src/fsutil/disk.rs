@@ -182,26 +182,31 @@ impl Listing {
         if self.ancestors.last().map_or("", |dir| &dir.path) != parent(path) {
             return Err(refused(path, "its directory was not listed"));
         }
-        if entry.is_symlink() {
-            if let Some(why) = path::link_refusal(&entry.linkname) {
-                return Err(refused(path, why));
-            }
-        } else if !entry.is_dir() && entry.is_hard_link() {
-            let target = self.find(&entry.linkname).and_then(|index| self.entries.get(index));
-            if !target
-                .is_some_and(|target| !target.is_dir() && !target.is_hard_link() && target.is_file() == entry.is_file())
-            {
-                return Err(refused(
-                    path,
-                    &format!("hard link to {:?}, which was not listed before", entry.linkname),
-                ));
-            }
+        if entry.is_symlink()
+            && let Some(why) = path::link_refusal(&entry.linkname)
+        {
+            return Err(refused(path, why));
         }
         let kind = FileType::from_st_mode(from_go(entry.mode));
         if kind == FileType::Socket || (!entry.is_file() && kind == FileType::Regular) || entry.is_whiteout() {
             return Err(refused(path, "not a kind of file that can be transferred"));
         }
         Ok(())
+    }
+
+    /// A hard link must name an entry of its own kind that came before and was materialised.
+    fn check_link(&self, entry: &Entry) -> Result<()> {
+        let target = self.find(&entry.linkname).and_then(|index| self.entries.get(index));
+        let fits = |target: &Entry| {
+            !target.is_dir() && !target.is_hard_link() && !target.is_symlink() && target.is_file() == entry.is_file()
+        };
+        if target.is_some_and(fits) {
+            return Ok(());
+        }
+        Err(refused(
+            &entry.path,
+            &format!("hard link to {:?}, which was not listed before", entry.linkname),
+        ))
     }
 
     fn find(&self, path: &str) -> Option<usize> {
@@ -226,6 +231,9 @@ impl Listing {
 
     /// Brings the directory in line with one entry and returns its place in the listing.
     fn place(&mut self, mut entry: Entry, id: u32, jobs: &mut Vec<FileJob>) -> Result<usize> {
+        if entry.is_hard_link() {
+            self.check_link(&entry)?;
+        }
         let found = self.existing(&entry)?;
         let index = self.entries.len();
         let same = self.differ && found.as_ref().is_some_and(|found| found.is_same(&entry));

@@ -26,7 +26,7 @@ pub use kiln_fs::mode::to_go as go_mode;
 pub use path::compare as compare_paths;
 pub(crate) use receive::receive;
 pub use receive::{DigestPrefix, Existing, METADATA_FILE, Progress, ReceiveOptions, Received, TransferStats};
-pub(crate) use send::send_tree;
+pub(crate) use send::{Role, send_tree};
 pub use send::{SendStats, TreeFiles, TreeSource};
 pub use walk::{DirSource, Filter, scan};
 

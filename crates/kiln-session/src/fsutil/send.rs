@@ -60,12 +60,22 @@ fn gone() -> SessionError {
     SessionError::Canceled("send directory".to_owned())
 }
 
+/// Who made the call that carries the packets. The one who made it ends last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// The sender called: it waits for the receiver's answer, which may still be an error.
+    Caller,
+    /// The receiver called, and waits for the sender's end.
+    Server,
+}
+
 /// Sends a tree: `inbound` are the receiver's packets, `out` takes ours and is closed when all is said. Returns when
-/// the receiver has confirmed and ended.
+/// the receiver has everything.
 pub(crate) async fn send_tree<S>(
     source: impl TreeSource,
     mut inbound: S,
     out: mpsc::Sender<Packet>,
+    role: Role,
 ) -> Result<SendStats>
 where
     S: Stream<Item = Result<Packet>> + Unpin,
@@ -127,7 +137,9 @@ where
     drop(out);
     drop(ask);
     tasks.shutdown().await;
-    while let Some(next) = inbound.next().await {
+    while role == Role::Caller
+        && let Some(next) = inbound.next().await
+    {
         next?;
     }
     Ok(stats)
