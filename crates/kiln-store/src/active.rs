@@ -32,7 +32,12 @@ impl Store {
     ///
     /// # Errors
     /// If the directory cannot be made.
-    pub fn new_active(self: &Arc<Self>, tenant: &Tenant, parent: Option<&LayerRef>, base: &View) -> Result<ActiveSnapshot> {
+    pub fn new_active(
+        self: &Arc<Self>,
+        tenant: &Tenant,
+        parent: Option<&LayerRef>,
+        base: &View,
+    ) -> Result<ActiveSnapshot> {
         let dir = self.dir.part("active").join(DirId::random().as_str());
         fs::create_dir(&dir).during("create", &dir)?;
         Ok(ActiveSnapshot {
@@ -114,7 +119,13 @@ impl ActiveSnapshot {
         let writing = store.epochs.enter();
         let extra = crate::ledger::disk_usage(&self.dir.join(tree::MANIFEST))? + 2 * 4096;
         let disk = usage.bytes + extra;
-        let described = TreeRecord { id: id.clone(), epoch: writing.epoch(), disk, layer: record.clone(), below };
+        let described = TreeRecord {
+            id: id.clone(),
+            epoch: writing.epoch(),
+            disk,
+            layer: record.clone(),
+            below,
+        };
         if let Err(error) = record_file::write(&self.dir.join("record"), &described) {
             if !error.is_no_space() {
                 return Err(error);
@@ -125,7 +136,13 @@ impl ActiveSnapshot {
         fs::rename(&self.dir, &path).during("rename", &self.dir)?;
         self.done = true;
         store.ledger.add(Area::Trees, disk);
-        store.layers.lock().trees.insert(id.clone(), TreeEntry { record: described.clone(), layers: 0 });
+        store.layers.lock().trees.insert(
+            id.clone(),
+            TreeEntry {
+                record: described.clone(),
+                layers: 0,
+            },
+        );
         let mut batch = crate::meta::Batch::new();
         batch.put(crate::meta::Table::Trees, id.as_str(), &described)?;
         store.commit_or_warn(&batch, "tree");
@@ -142,7 +159,10 @@ impl ActiveSnapshot {
             }
         }
         if !self.dir.join(tree::MANIFEST).exists() {
-            return Err(StoreError::Invalid(format!("commit {}: the tree has no manifest", self.dir.display())));
+            return Err(StoreError::Invalid(format!(
+                "commit {}: the tree has no manifest",
+                self.dir.display()
+            )));
         }
         Ok(())
     }
@@ -167,7 +187,10 @@ impl Store {
         let nodes = parent.node.chain();
         let table = self.layers.lock();
         for node in nodes {
-            for id in [Some(&node.id), node.origin.as_ref().map(|o| &o.id)].into_iter().flatten() {
+            for id in [Some(&node.id), node.origin.as_ref().map(|o| &o.id)]
+                .into_iter()
+                .flatten()
+            {
                 let Some(entry) = table.layers.get(id) else { continue };
                 let tree = entry.record.tree.as_ref().and_then(|tree| table.trees.get(tree));
                 if tree.is_none_or(|t| t.record.layer.id != *id) {

@@ -181,8 +181,20 @@ impl Table {
                 last_used: now,
                 count: 0,
             };
-            let used = if request.sharing == Sharing::Shared { Use::Together(1) } else { Use::Alone };
-            instances.insert(id.clone(), Instance { record, used, disk: 0, stale: true });
+            let used = if request.sharing == Sharing::Shared {
+                Use::Together(1)
+            } else {
+                Use::Alone
+            };
+            instances.insert(
+                id.clone(),
+                Instance {
+                    record,
+                    used,
+                    disk: 0,
+                    stale: true,
+                },
+            );
             taken.push(Taken::New(id));
         }
         Some(taken)
@@ -207,7 +219,9 @@ impl Store {
             if let Some(taken) = self.cache_mounts.take(tenant, &requests) {
                 let store = self.clone();
                 let work = tokio::task::spawn_blocking(move || store.make_mounts(taken, &requests));
-                return work.await.map_err(|_| StoreError::Panicked { task: "making cache mounts" })?;
+                return work.await.map_err(|_| StoreError::Panicked {
+                    task: "making cache mounts",
+                })?;
             }
             freed.await;
         }
@@ -223,7 +237,12 @@ impl Store {
                     Taken::Existing(id) => (id, false),
                     Taken::New(id) => (id, true),
                 };
-                CacheMount { path: root.join(id.as_str()).join("fs"), store: self.clone(), id, new }
+                CacheMount {
+                    path: root.join(id.as_str()).join("fs"),
+                    store: self.clone(),
+                    id,
+                    new,
+                }
             })
             .collect();
         for (mount, request) in mounts.iter().zip(requests) {
@@ -231,7 +250,9 @@ impl Store {
             if let Err(error) = made {
                 for mount in mounts.iter().filter(|m| m.new) {
                     self.cache_mounts.instances.lock().remove(&mount.id);
-                    let _ = self.trash.discard(self, &root.join(mount.id.as_str()), Area::CacheMounts, 0);
+                    let _ = self
+                        .trash
+                        .discard(self, &root.join(mount.id.as_str()), Area::CacheMounts, 0);
                 }
                 return Err(error);
             }
@@ -243,7 +264,9 @@ impl Store {
         let dir = self.dir.part("cache-mounts").join(mount.id.as_str());
         let record = {
             let mut instances = self.cache_mounts.instances.lock();
-            let Some(instance) = instances.get_mut(&mount.id) else { return Ok(()) };
+            let Some(instance) = instances.get_mut(&mount.id) else {
+                return Ok(());
+            };
             instance.record.last_used = Time::now();
             instance.record.count += 1;
             instance.record.clone()
@@ -268,8 +291,16 @@ impl Store {
                 Ok(record) if path.ends_with(record.id.as_str()) => {
                     let disk = disk_usage(&path)?;
                     self.ledger.add(Area::CacheMounts, disk);
-                    let instance = Instance { used: Use::Free, disk, stale: false, record };
-                    self.cache_mounts.instances.lock().insert(instance.record.id.clone(), instance);
+                    let instance = Instance {
+                        used: Use::Free,
+                        disk,
+                        stale: false,
+                        record,
+                    };
+                    self.cache_mounts
+                        .instances
+                        .lock()
+                        .insert(instance.record.id.clone(), instance);
                 }
                 Ok(_) => self.trash.discard(self, &path, Area::CacheMounts, 0)?,
                 Err(error) => {
@@ -325,7 +356,12 @@ impl Store {
                 _ => return Ok(false),
             }
         };
-        self.trash.discard(self, &self.dir.part("cache-mounts").join(id.as_str()), Area::CacheMounts, disk)?;
+        self.trash.discard(
+            self,
+            &self.dir.part("cache-mounts").join(id.as_str()),
+            Area::CacheMounts,
+            disk,
+        )?;
         self.cache_mounts.instances.lock().remove(id);
         Ok(true)
     }

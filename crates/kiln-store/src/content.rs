@@ -113,25 +113,36 @@ impl ContentStore {
     /// What is known about a blob. Does not block.
     pub fn info(&self, digest: &Digest) -> Option<BlobInfo> {
         let blobs = self.store.blobs.blobs.read();
-        let entry = blobs.get(digest).filter(|e| !e.dying && e.record.tenants.contains(&self.tenant))?;
+        let entry = blobs
+            .get(digest)
+            .filter(|e| !e.dying && e.record.tenants.contains(&self.tenant))?;
         Some(entry.record.info.clone())
     }
 
     /// All blobs of the tenant. Does not block.
     pub fn list(&self) -> Vec<BlobInfo> {
         let blobs = self.store.blobs.blobs.read();
-        let own = blobs.values().filter(|e| !e.dying && e.record.tenants.contains(&self.tenant));
+        let own = blobs
+            .values()
+            .filter(|e| !e.dying && e.record.tenants.contains(&self.tenant));
         own.map(|e| e.record.info.clone()).collect()
     }
 
     /// Keeps a blob from being collected for as long as the handle lives. Does not block.
     pub fn lease(&self, digest: &Digest) -> Option<BlobHandle> {
         let mut blobs = self.store.blobs.blobs.write();
-        let entry = blobs.get_mut(digest).filter(|e| !e.dying && e.record.tenants.contains(&self.tenant))?;
+        let entry = blobs
+            .get_mut(digest)
+            .filter(|e| !e.dying && e.record.tenants.contains(&self.tenant))?;
         entry.leases += 1;
         entry.last_used = Time::now();
         let (size, media_type) = (entry.record.info.size, entry.record.info.media_type.clone());
-        Some(BlobHandle { store: self.store.clone(), digest: *digest, size, media_type })
+        Some(BlobHandle {
+            store: self.store.clone(),
+            digest: *digest,
+            size,
+            media_type,
+        })
     }
 
     /// Opens a blob for reading; it cannot be collected while open.
@@ -139,7 +150,10 @@ impl ContentStore {
     /// # Errors
     /// [`StoreError::NotFound`], also for a blob whose file has vanished.
     pub fn open(&self, digest: &Digest) -> Result<BlobReader> {
-        let missing = || StoreError::NotFound { what: "blob", id: digest.to_string() };
+        let missing = || StoreError::NotFound {
+            what: "blob",
+            id: digest.to_string(),
+        };
         let handle = self.lease(digest).ok_or_else(missing)?;
         let path = self.store.blob_path(digest);
         match File::open(&path) {
@@ -161,14 +175,23 @@ impl ContentStore {
     pub fn read(&self, digest: &Digest, limit: u64) -> Result<Vec<u8>> {
         let mut reader = self.open(digest)?;
         if reader.size() > limit {
-            return Err(StoreError::Invalid(format!("blob {digest} has {} bytes, more than {limit}", reader.size())));
+            return Err(StoreError::Invalid(format!(
+                "blob {digest} has {} bytes, more than {limit}",
+                reader.size()
+            )));
         }
         let mut bytes = Vec::with_capacity(usize::try_from(reader.size()).unwrap_or(0));
-        reader.read_to_end(&mut bytes).during("read", self.store.blob_path(digest))?;
+        reader
+            .read_to_end(&mut bytes)
+            .during("read", self.store.blob_path(digest))?;
         let actual = Digest::of(&bytes);
         if actual != *digest {
             let what = format!("blob {digest}");
-            return Err(StoreError::DigestMismatch { what, expected: *digest, actual });
+            return Err(StoreError::DigestMismatch {
+                what,
+                expected: *digest,
+                actual,
+            });
         }
         Ok(bytes)
     }
@@ -214,11 +237,15 @@ impl ContentStore {
     }
 
     fn update(&self, digest: &Digest, change: impl FnOnce(&mut BlobInfo) -> bool) -> Result<()> {
-        let handle =
-            self.lease(digest).ok_or_else(|| StoreError::NotFound { what: "blob", id: digest.to_string() })?;
+        let handle = self.lease(digest).ok_or_else(|| StoreError::NotFound {
+            what: "blob",
+            id: digest.to_string(),
+        })?;
         let record = {
             let mut blobs = self.store.blobs.blobs.write();
-            let Some(entry) = blobs.get_mut(digest) else { return Ok(()) };
+            let Some(entry) = blobs.get_mut(digest) else {
+                return Ok(());
+            };
             if !change(&mut entry.record.info) {
                 return Ok(());
             }
@@ -252,7 +279,10 @@ impl BlobHandle {
 
     /// A descriptor of the blob.
     pub fn descriptor(&self) -> Descriptor {
-        let media_type = self.media_type.clone().unwrap_or_else(|| "application/octet-stream".into());
+        let media_type = self
+            .media_type
+            .clone()
+            .unwrap_or_else(|| "application/octet-stream".into());
         Descriptor::new(media_type, self.digest, self.size)
     }
 }
@@ -350,14 +380,24 @@ impl ContentWriter {
         if let Some(name) = &reference
             && !store.blobs.writers.lock().insert(name.clone())
         {
-            return Err(StoreError::Busy { what: "ingest", id: name.clone() });
+            return Err(StoreError::Busy {
+                what: "ingest",
+                id: name.clone(),
+            });
         }
-        let name = reference.clone().unwrap_or_else(|| format!("draft-{}", crate::ids::TreeId::random()));
+        let name = reference
+            .clone()
+            .unwrap_or_else(|| format!("draft-{}", crate::ids::TreeId::random()));
         let draft = store.dir.part("ingest").join(name);
         let opened = (|| {
             let mut options = OpenOptions::new();
-            let mut file =
-                options.read(true).write(true).create(true).truncate(false).open(&draft).during("open", &draft)?;
+            let mut file = options
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .open(&draft)
+                .during("open", &draft)?;
             let mut hasher = Hasher::new();
             let mut offset = 0;
             let mut buf = vec![0; 1 << 20];
@@ -370,7 +410,9 @@ impl ContentWriter {
                 offset += n as u64;
             }
             // What is resumed was counted when it was left; from here on the writer's promise covers it.
-            store.ledger.sub(Area::Ingest, blocks_of(&file).min(store.ledger.used(Area::Ingest)));
+            store
+                .ledger
+                .sub(Area::Ingest, blocks_of(&file).min(store.ledger.used(Area::Ingest)));
             let space = store.reserve(Area::Ingest, offset)?;
             Ok((file, hasher, offset, space))
         })();
@@ -455,9 +497,17 @@ impl ContentWriter {
         if let Some(expected) = expected {
             let what = format!("blob {}", expected.digest);
             let mismatch = if self.offset != expected.size {
-                Some(StoreError::SizeMismatch { what, expected: expected.size, actual: self.offset })
+                Some(StoreError::SizeMismatch {
+                    what,
+                    expected: expected.size,
+                    actual: self.offset,
+                })
             } else if digest != expected.digest {
-                Some(StoreError::DigestMismatch { what, expected: expected.digest, actual: digest })
+                Some(StoreError::DigestMismatch {
+                    what,
+                    expected: expected.digest,
+                    actual: digest,
+                })
             } else {
                 None
             };
@@ -543,7 +593,10 @@ impl Store {
             let mut blobs = self.blobs.blobs.write();
             match blobs.entry(digest) {
                 Entry::Occupied(slot) if slot.get().dying => {
-                    return Err(StoreError::Busy { what: "blob", id: digest.to_string() });
+                    return Err(StoreError::Busy {
+                        what: "blob",
+                        id: digest.to_string(),
+                    });
                 }
                 Entry::Occupied(mut slot) => {
                     let entry = slot.get_mut();
@@ -558,7 +611,12 @@ impl Store {
                 }
                 Entry::Vacant(slot) => {
                     let tenants = BTreeSet::from([tenant.clone()]);
-                    let record = BlobRecord { info, tenants, epoch: writing.epoch(), disk };
+                    let record = BlobRecord {
+                        info,
+                        tenants,
+                        epoch: writing.epoch(),
+                        disk,
+                    };
                     slot.insert(BlobEntry {
                         record: record.clone(),
                         leases: 1,
@@ -614,8 +672,10 @@ impl Store {
         let mut batch = Batch::new();
         batch.remove(Table::Blobs, digest.as_bytes().to_vec());
         self.commit_or_warn(&batch, "removal of a blob");
-        self.trash.discard(self, &self.blob_record_path(digest), Area::Blobs, 0)?;
-        self.trash.discard(self, &self.blob_path(digest), Area::Blobs, entry.disk)?;
+        self.trash
+            .discard(self, &self.blob_record_path(digest), Area::Blobs, 0)?;
+        self.trash
+            .discard(self, &self.blob_path(digest), Area::Blobs, entry.disk)?;
         self.blobs.blobs.write().remove(digest);
         Ok(entry.disk)
     }

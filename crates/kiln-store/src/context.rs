@@ -71,7 +71,8 @@ struct Frozen {
 
 impl Drop for Frozen {
     fn drop(&mut self) {
-        self.store.release_context(&self.id, |held| held.frozen = held.frozen.saturating_sub(1));
+        self.store
+            .release_context(&self.id, |held| held.frozen = held.frozen.saturating_sub(1));
     }
 }
 
@@ -107,12 +108,18 @@ impl ContextDir {
         let (store, id) = (self.store.clone(), self.id.clone());
         let record = {
             let mut table = store.contexts.0.lock();
-            let missing = || StoreError::NotFound { what: "context", id: id.to_string() };
+            let missing = || StoreError::NotFound {
+                what: "context",
+                id: id.to_string(),
+            };
             let held = table.get_mut(&id).ok_or_else(missing)?;
             held.frozen += 1;
             held.record.clone()
         };
-        let frozen = Arc::new(Frozen { store: store.clone(), id });
+        let frozen = Arc::new(Frozen {
+            store: store.clone(),
+            id,
+        });
         drop(self);
         let node = LayerNode {
             store: store.clone(),
@@ -123,7 +130,10 @@ impl ContextDir {
             record_type: RecordType::Local,
             description: record.description,
             created_at: Time::now(),
-            facts: RwLock::new(LayerFacts { tree: Some((TreeId::random(), tree)), ..LayerFacts::default() }),
+            facts: RwLock::new(LayerFacts {
+                tree: Some((TreeId::random(), tree)),
+                ..LayerFacts::default()
+            }),
             _keep: Mutex::new(Some(frozen)),
         };
         Ok(store.enter_ephemeral(node))
@@ -167,7 +177,15 @@ impl Store {
                     held.record.count += 1;
                     let id = held.record.id.clone();
                     let dir = root.join(id.as_str());
-                    (ContextDir { store: self.clone(), id, dir, new: false }, None)
+                    (
+                        ContextDir {
+                            store: self.clone(),
+                            id,
+                            dir,
+                            new: false,
+                        },
+                        None,
+                    )
                 }
                 current => {
                     let id = DirId::random();
@@ -178,11 +196,16 @@ impl Store {
                         } else {
                             held.replaced = true;
                             held.frozen += 1;
-                            source = Some(Frozen { store: self.clone(), id: held.record.id.clone() });
+                            source = Some(Frozen {
+                                store: self.clone(),
+                                id: held.record.id.clone(),
+                            });
                         }
                     }
                     let beside = source.is_none()
-                        && table.values().any(|h| h.record.tenant == *tenant && h.record.shared_key == shared_key && h.writing);
+                        && table
+                            .values()
+                            .any(|h| h.record.tenant == *tenant && h.record.shared_key == shared_key && h.writing);
                     let record = ContextRecord {
                         id: id.clone(),
                         tenant: tenant.clone(),
@@ -203,7 +226,15 @@ impl Store {
                     };
                     table.insert(id.clone(), held);
                     let dir = root.join(id.as_str());
-                    (ContextDir { store: self.clone(), id, dir, new: source.is_none() }, source)
+                    (
+                        ContextDir {
+                            store: self.clone(),
+                            id,
+                            dir,
+                            new: source.is_none(),
+                        },
+                        source,
+                    )
                 }
             }
         };
@@ -276,15 +307,25 @@ impl Store {
         found.sort_by_key(|(record, _)| std::cmp::Reverse(record.last_used));
         for (record, disk) in found {
             let mut table = self.contexts.0.lock();
-            let twin =
-                table.values().any(|h| h.record.tenant == record.tenant && h.record.shared_key == record.shared_key);
+            let twin = table
+                .values()
+                .any(|h| h.record.tenant == record.tenant && h.record.shared_key == record.shared_key);
             if twin {
                 drop(table);
-                self.trash.discard(self, &root.join(record.id.as_str()), Area::Contexts, 0)?;
+                self.trash
+                    .discard(self, &root.join(record.id.as_str()), Area::Contexts, 0)?;
                 continue;
             }
             self.ledger.add(Area::Contexts, disk);
-            let held = Held { writing: false, frozen: 0, replaced: false, dying: false, disk, stale: false, record };
+            let held = Held {
+                writing: false,
+                frozen: 0,
+                replaced: false,
+                dying: false,
+                disk,
+                stale: false,
+                record,
+            };
             table.insert(held.record.id.clone(), held);
         }
         Ok(())
@@ -320,7 +361,9 @@ impl Store {
     pub(crate) fn list_contexts(&self) -> Vec<(ContextRecord, u64, bool)> {
         let table = self.contexts.0.lock();
         let alive = table.values().filter(|h| !h.dying);
-        alive.map(|h| (h.record.clone(), h.disk, h.writing || h.frozen > 0)).collect()
+        alive
+            .map(|h| (h.record.clone(), h.disk, h.writing || h.frozen > 0))
+            .collect()
     }
 
     /// Removes a context unless it is in use. Returns whether it did.
@@ -335,7 +378,8 @@ impl Store {
                 _ => return Ok(false),
             }
         };
-        self.trash.discard(self, &self.dir.part("contexts").join(id.as_str()), Area::Contexts, disk)?;
+        self.trash
+            .discard(self, &self.dir.part("contexts").join(id.as_str()), Area::Contexts, disk)?;
         self.contexts.0.lock().remove(id);
         Ok(true)
     }

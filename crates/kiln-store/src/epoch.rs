@@ -82,16 +82,27 @@ impl Epochs {
                 Seal::default()
             }
         };
-        let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned();
+        let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id")
+            .unwrap_or_default()
+            .trim()
+            .to_owned();
         let file_system = dir.file_system()?;
         let cookie_file = cookie_dir.map(|d| d.join(format!("kiln-state-{}", cookie_name(&dir))));
-        let cookie_was = cookie_file.as_ref().and_then(|f| fs::read_to_string(f).ok()).unwrap_or_default();
+        let cookie_was = cookie_file
+            .as_ref()
+            .and_then(|f| fs::read_to_string(f).ok())
+            .unwrap_or_default();
         let same_boot = !boot.is_empty()
             && was.boot == boot
             && was.file_system == file_system
             && (cookie_file.is_none() || cookie_was == was.cookie);
         let trusted = if same_boot { u64::MAX } else { was.sealed };
-        let mut identity = Seal { sealed: was.sealed, boot, file_system, cookie: String::new() };
+        let mut identity = Seal {
+            sealed: was.sealed,
+            boot,
+            file_system,
+            cookie: String::new(),
+        };
         if let Some(file) = cookie_file {
             let cookie = crate::ids::DirId::random().to_string();
             match fs::write(&file, &cookie) {
@@ -102,9 +113,18 @@ impl Epochs {
                 }
             }
         }
-        let state = State { current: was.sealed + 1, sealed: was.sealed, ..State::default() };
-        let epochs =
-            Self { dir, identity, state: Mutex::new(state), left: Condvar::new(), sealing: Mutex::new(()) };
+        let state = State {
+            current: was.sealed + 1,
+            sealed: was.sealed,
+            ..State::default()
+        };
+        let epochs = Self {
+            dir,
+            identity,
+            state: Mutex::new(state),
+            left: Condvar::new(),
+            sealing: Mutex::new(()),
+        };
         Ok((epochs, trusted))
     }
 
@@ -169,7 +189,13 @@ impl Epochs {
     fn record(&self, sealed: u64) -> Result<()> {
         let path = self.dir.part("epoch");
         let draft = self.dir.part(".epoch.next");
-        record_file::write(&draft, &Seal { sealed, ..self.identity.clone() })?;
+        record_file::write(
+            &draft,
+            &Seal {
+                sealed,
+                ..self.identity.clone()
+            },
+        )?;
         File::open(&draft).and_then(|f| f.sync_all()).during("sync", &draft)?;
         fs::rename(&draft, &path).during("rename", &draft)?;
         self.dir.handle().sync_all().during("sync", self.dir.root())

@@ -264,19 +264,22 @@ impl Writers {
 pub(crate) fn finish_dirs(out: &TreeBuilder, dirs: &[&Entry], threads: usize, stop: &Stop) -> Result<()> {
     kiln_fs::parallel::for_each(dirs, if dirs.len() > 64 { threads } else { 1 }, |entry| {
         stop.check()?;
-        let fs = out.fs();
-        let path = os_path(&entry.path);
         if entry.opaque {
             out.put_opaque(&entry.path)?;
         }
-        fs.set_owner(path, entry.uid, entry.gid)?;
-        for (name, value) in &entry.xattrs {
-            if let Err(e) = fs.set_xattr(path, name, value) {
-                tracing::debug!(path = %path.display(), error = %e, "attribute not set");
-            }
-        }
-        fs.set_mode(path, entry.mode)?;
-        fs.set_mtime(path, entry.mtime)?;
-        Ok(())
+        finish_dir(out.fs(), entry)
     })
+}
+
+/// Gives one directory below `fs` the owner, attributes, mode and time of its entry.
+pub(crate) fn finish_dir(fs: &Dir, entry: &Entry) -> Result<()> {
+    let path = os_path(&entry.path);
+    fs.set_owner(path, entry.uid, entry.gid)?;
+    for (name, value) in &entry.xattrs {
+        if let Err(e) = fs.set_xattr(path, name, value) {
+            tracing::debug!(path = %path.display(), error = %e, "attribute not set");
+        }
+    }
+    fs.set_mode(path, entry.mode)?;
+    Ok(fs.set_mtime(path, entry.mtime)?)
 }

@@ -90,14 +90,22 @@ struct Line {
 impl Store {
     /// Disk usage of a tenant, one line per record. Does not block.
     pub fn usage(&self, tenant: &Tenant) -> Vec<UsageRecord> {
-        self.lines(Some(tenant)).into_iter().filter(|l| !l.ephemeral).map(|l| l.record).collect()
+        self.lines(Some(tenant))
+            .into_iter()
+            .filter(|l| !l.ephemeral)
+            .map(|l| l.record)
+            .collect()
     }
 
     fn lines(&self, tenant: Option<&Tenant>) -> Vec<Line> {
         let mut lines = Vec::new();
         let blob_sizes: HashMap<Digest, u64> = {
             let blobs = self.blobs.blobs.read();
-            blobs.iter().filter(|(_, e)| !e.dying).map(|(d, e)| (*d, e.record.disk)).collect()
+            blobs
+                .iter()
+                .filter(|(_, e)| !e.dying)
+                .map(|(d, e)| (*d, e.record.disk))
+                .collect()
         };
         {
             let table = self.layers.lock();
@@ -131,7 +139,11 @@ impl Store {
                         mutable: false,
                         in_use: held || entry.children > 0,
                         size,
-                        parents: [&record.parent, &record.origin].into_iter().flatten().map(LayerId::to_string).collect(),
+                        parents: [&record.parent, &record.origin]
+                            .into_iter()
+                            .flatten()
+                            .map(LayerId::to_string)
+                            .collect(),
                         created_at: record.created_at,
                         last_used: Some(entry.usage.last_used),
                         usage_count: entry.usage.count,
@@ -150,7 +162,12 @@ impl Store {
             if tenant.is_none_or(|t| *t == record.tenant) {
                 let kind = Kind::CacheMount(record.id.clone());
                 let times = (record.created_at, record.last_used, record.count);
-                let what = (record.id.to_string(), record.tenant, record.description, RecordType::CacheMount);
+                let what = (
+                    record.id.to_string(),
+                    record.tenant,
+                    record.description,
+                    RecordType::CacheMount,
+                );
                 lines.push(mutable(what, times, size, in_use, kind));
             }
         }
@@ -158,7 +175,12 @@ impl Store {
             if tenant.is_none_or(|t| *t == record.tenant) {
                 let kind = Kind::Context(record.id.clone());
                 let times = (record.created_at, record.last_used, record.count);
-                let what = (record.id.to_string(), record.tenant, record.description, RecordType::Local);
+                let what = (
+                    record.id.to_string(),
+                    record.tenant,
+                    record.description,
+                    RecordType::Local,
+                );
                 lines.push(mutable(what, times, size, in_use, kind));
             }
         }
@@ -232,14 +254,22 @@ impl Store {
                 }
             }
         }
-        self.sweep(if policy.keep_duration.is_zero() && !limited { Duration::ZERO } else { BLOB_GRACE })?;
+        self.sweep(if policy.keep_duration.is_zero() && !limited {
+            Duration::ZERO
+        } else {
+            BLOB_GRACE
+        })?;
         self.keeper.wake();
         Ok(freed)
     }
 
     /// The size that a policy allows, at a given size.
     fn target(&self, policy: &GcPolicy, total: u64) -> u64 {
-        let mut target = if policy.max_used_space > 0 { policy.max_used_space } else { u64::MAX };
+        let mut target = if policy.max_used_space > 0 {
+            policy.max_used_space
+        } else {
+            u64::MAX
+        };
         if policy.min_free_space > 0 {
             let available = self.dir.space().map_or(u64::MAX, |(available, _)| available);
             // What is in the trash will be free in a moment.
@@ -309,7 +339,9 @@ impl Store {
     pub(crate) fn remove_layer(self: &Arc<Self>, id: &LayerId) -> Result<bool> {
         {
             let mut table = self.layers.lock();
-            let Some(entry) = table.layers.get_mut(id) else { return Ok(false) };
+            let Some(entry) = table.layers.get_mut(id) else {
+                return Ok(false);
+            };
             if entry.node.strong_count() > 0 || entry.children > 0 || entry.dying {
                 return Ok(false);
             }
@@ -320,7 +352,9 @@ impl Store {
             tracing::warn!(%error, "cache records of a removed layer stay until they are looked up");
         }
         let removed = self.layers.lock().remove(id);
-        let Some((record, tree)) = removed else { return Ok(false) };
+        let Some((record, tree)) = removed else {
+            return Ok(false);
+        };
         let mut batch = Batch::new();
         batch.remove(Table::Layers, id.as_str());
         batch.remove(Table::Usage, id.as_str());
@@ -329,7 +363,8 @@ impl Store {
         }
         self.commit_or_warn(&batch, "removal of a layer");
         if let Some(tree) = tree {
-            self.trash.discard(self, &self.dir.tree(&tree.id), Area::Trees, tree.disk)?;
+            self.trash
+                .discard(self, &self.dir.tree(&tree.id), Area::Trees, tree.disk)?;
         }
         self.release_blobs(&record)?;
         Ok(true)
@@ -346,7 +381,9 @@ impl Store {
     fn remove_blob_if_free(&self, digest: &Digest, grace: Duration) -> Result<u64> {
         {
             let mut blobs = self.blobs.blobs.write();
-            let Some(entry) = blobs.get_mut(digest) else { return Ok(0) };
+            let Some(entry) = blobs.get_mut(digest) else {
+                return Ok(0);
+            };
             if entry.leases > 0 || entry.layers > 0 || entry.dying || entry.last_used.age(Time::now()) < grace {
                 return Ok(0);
             }
@@ -359,7 +396,11 @@ impl Store {
     fn sweep(&self, grace: Duration) -> Result<u64> {
         let loose: Vec<Digest> = {
             let blobs = self.blobs.blobs.read();
-            blobs.iter().filter(|(_, e)| e.leases == 0 && e.layers == 0 && !e.dying).map(|(d, _)| *d).collect()
+            blobs
+                .iter()
+                .filter(|(_, e)| e.leases == 0 && e.layers == 0 && !e.dying)
+                .map(|(d, _)| *d)
+                .collect()
         };
         let mut freed = 0;
         for digest in loose {

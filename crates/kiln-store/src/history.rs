@@ -61,12 +61,17 @@ pub struct History {
 impl Store {
     /// The build history of a tenant.
     pub fn history(self: &Arc<Self>, tenant: &Tenant) -> History {
-        History { store: self.clone(), tenant: tenant.clone() }
+        History {
+            store: self.clone(),
+            tenant: tenant.clone(),
+        }
     }
 
     fn history_path(&self, tenant: &Tenant, reference: &str) -> PathBuf {
         // A ref comes from a client: it is never a file name.
-        self.dir.part("history").join(Digest::of(format!("{tenant}\0{reference}")).hex())
+        self.dir
+            .part("history")
+            .join(Digest::of(format!("{tenant}\0{reference}")).hex())
     }
 
     /// Reads what an earlier process left.
@@ -79,7 +84,10 @@ impl Store {
                     let disk = disk_usage(&path)?;
                     self.ledger.add(Area::History, disk);
                     let held = self.hold(&stored.tenant, stored.record, disk);
-                    self.histories.0.lock().insert((stored.tenant, held.record.reference.clone()), Arc::new(held));
+                    self.histories
+                        .0
+                        .lock()
+                        .insert((stored.tenant, held.record.reference.clone()), Arc::new(held));
                 }
                 Err(error) => {
                     tracing::info!(%error, "an incomplete history record is removed");
@@ -93,7 +101,11 @@ impl Store {
     fn hold(self: &Arc<Self>, tenant: &Tenant, record: HistoryRecord, disk: u64) -> Held {
         let content = self.content(tenant);
         let leases = record.blobs.iter().filter_map(|d| content.lease(d)).collect();
-        Held { record, disk, _leases: leases }
+        Held {
+            record,
+            disk,
+            _leases: leases,
+        }
     }
 }
 
@@ -105,7 +117,10 @@ impl History {
     pub fn put(&self, record: HistoryRecord) -> Result<()> {
         let path = self.store.history_path(&self.tenant, &record.reference);
         let _writing = self.store.epochs.enter();
-        let stored = Stored { tenant: self.tenant.clone(), record };
+        let stored = Stored {
+            tenant: self.tenant.clone(),
+            record,
+        };
         record_file::write(&path, &stored)?;
         let disk = disk_usage(&path)?;
         self.store.ledger.add(Area::History, disk);
@@ -122,7 +137,9 @@ impl History {
     /// A record by ref.
     pub fn get(&self, reference: &str) -> Option<HistoryRecord> {
         let table = self.store.histories.0.lock();
-        table.get(&(self.tenant.clone(), reference.to_owned())).map(|h| h.record.clone())
+        table
+            .get(&(self.tenant.clone(), reference.to_owned()))
+            .map(|h| h.record.clone())
     }
 
     /// All records, newest first.
@@ -131,7 +148,11 @@ impl History {
         let own = table.iter().filter(|((tenant, _), _)| *tenant == self.tenant);
         let mut records: Vec<_> = own.map(|(_, h)| h.record.clone()).collect();
         drop(table);
-        records.sort_by(|a, b| b.created_at.cmp(&a.created_at).then_with(|| a.reference.cmp(&b.reference)));
+        records.sort_by(|a, b| {
+            b.created_at
+                .cmp(&a.created_at)
+                .then_with(|| a.reference.cmp(&b.reference))
+        });
         records
     }
 
@@ -140,7 +161,10 @@ impl History {
     /// # Errors
     /// [`StoreError::NotFound`], or it cannot be written.
     pub fn pin(&self, reference: &str, pinned: bool) -> Result<()> {
-        let missing = || StoreError::NotFound { what: "build", id: reference.to_owned() };
+        let missing = || StoreError::NotFound {
+            what: "build",
+            id: reference.to_owned(),
+        };
         let record = self.get(reference).ok_or_else(missing)?;
         self.put(HistoryRecord { pinned, ..record })
     }
@@ -150,7 +174,12 @@ impl History {
     /// # Errors
     /// If it cannot be removed.
     pub fn delete(&self, reference: &str) -> Result<bool> {
-        let old = self.store.histories.0.lock().remove(&(self.tenant.clone(), reference.to_owned()));
+        let old = self
+            .store
+            .histories
+            .0
+            .lock()
+            .remove(&(self.tenant.clone(), reference.to_owned()));
         let Some(old) = old else { return Ok(false) };
         let path = self.store.history_path(&self.tenant, reference);
         self.store.trash.discard(&self.store, &path, Area::History, old.disk)?;

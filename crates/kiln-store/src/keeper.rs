@@ -36,8 +36,9 @@ impl Keeper {
     /// Starts the thread. It holds the store only while it works, so it never keeps the directory locked for long.
     pub(crate) fn start(&self, store: &Arc<Store>) {
         let (signal, weak, stop) = (self.signal.clone(), Arc::downgrade(store), self.stop.clone());
-        let spawned =
-            std::thread::Builder::new().name("store-keeper".into()).spawn(move || run(&signal, &weak, &stop));
+        let spawned = std::thread::Builder::new()
+            .name("store-keeper".into())
+            .spawn(move || run(&signal, &weak, &stop));
         match spawned {
             Ok(thread) => *self.thread.lock() = Some(thread),
             Err(error) => tracing::warn!(%error, "no background thread: written data becomes durable at shutdown only"),

@@ -111,7 +111,10 @@ impl Drop for LayerNode {
 
 impl fmt::Debug for LayerNode {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("LayerNode").field("id", &self.id).field("facts", &*self.facts.read()).finish_non_exhaustive()
+        f.debug_struct("LayerNode")
+            .field("id", &self.id)
+            .field("facts", &*self.facts.read())
+            .finish_non_exhaustive()
     }
 }
 
@@ -126,7 +129,10 @@ pub struct LayerRef {
 
 impl LayerRef {
     pub(crate) fn new(node: Arc<LayerNode>) -> Self {
-        Self { node, providers: Providers::default() }
+        Self {
+            node,
+            providers: Providers::default(),
+        }
     }
 
     /// Id of the record, as `du` shows it.
@@ -146,13 +152,22 @@ impl LayerRef {
 
     /// The layer below; `None` if this is the lowest.
     pub fn parent(&self) -> Option<Self> {
-        Some(Self { node: self.node.parent.clone()?, providers: self.providers.clone() })
+        Some(Self {
+            node: self.node.parent.clone()?,
+            providers: self.providers.clone(),
+        })
     }
 
     /// This layer and everything below, bottom first.
     pub fn layers(&self) -> Vec<Self> {
         let nodes = self.node.chain();
-        nodes.into_iter().map(|node| Self { node, providers: self.providers.clone() }).collect()
+        nodes
+            .into_iter()
+            .map(|node| Self {
+                node,
+                providers: self.providers.clone(),
+            })
+            .collect()
     }
 
     /// Digest of the layer's uncompressed tar, if it is known yet.
@@ -202,7 +217,10 @@ impl LayerRef {
 
     /// The same layer through a handle that can also ask these providers for missing blobs.
     pub fn with_providers(&self, providers: &Providers) -> Self {
-        Self { node: self.node.clone(), providers: self.providers.merged(providers) }
+        Self {
+            node: self.node.clone(),
+            providers: self.providers.merged(providers),
+        }
     }
 
     /// Whether every blob that realising would need is here or has a provider in this handle or in `more`: a cached
@@ -216,7 +234,9 @@ impl LayerRef {
                 || facts.blobs.iter().any(|b| {
                     content.has(&b.digest) || more.get(&b.digest).is_some() || self.providers.get(&b.digest).is_some()
                 })
-                || facts.chain.is_some_and(|chain| owner.store.has_tree_of_chain(&owner.tenant, chain))
+                || facts
+                    .chain
+                    .is_some_and(|chain| owner.store.has_tree_of_chain(&owner.tenant, chain))
         })
     }
 }
@@ -340,18 +360,30 @@ impl LayerTable {
                 entry.layers += 1;
             }
             if let Some(chain) = record.chain {
-                self.chains.entry((record.tenant.clone(), chain)).or_insert_with(|| tree.clone());
+                self.chains
+                    .entry((record.tenant.clone(), chain))
+                    .or_insert_with(|| tree.clone());
             }
         }
         if let Some(origin) = &record.origin {
-            self.repeated.insert((record.parent.clone(), origin.clone()), record.id.clone());
+            self.repeated
+                .insert((record.parent.clone(), origin.clone()), record.id.clone());
         }
         if let (Some(chain), None) = (record.chain, &record.origin) {
             for blob in &record.blobs {
-                self.lazies.entry((record.tenant.clone(), chain, blob.digest)).or_insert_with(|| record.id.clone());
+                self.lazies
+                    .entry((record.tenant.clone(), chain, blob.digest))
+                    .or_insert_with(|| record.id.clone());
             }
         }
-        let entry = LayerEntry { node: Weak::new(), usage, children: 0, dying: false, ephemeral: false, record };
+        let entry = LayerEntry {
+            node: Weak::new(),
+            usage,
+            children: 0,
+            dying: false,
+            ephemeral: false,
+            record,
+        };
         self.layers.insert(entry.record.id.clone(), entry);
     }
 
@@ -406,7 +438,11 @@ impl Store {
         let node = {
             let mut table = self.layers.lock();
             let own = table.layers.get(id).is_some_and(|e| e.record.tenant == *tenant);
-            if own { self.load(&mut table, id, &mut held) } else { None }
+            if own {
+                self.load(&mut table, id, &mut held)
+            } else {
+                None
+            }
         };
         // `held` is dropped without the lock: a node's drop takes it.
         drop(held);
@@ -448,7 +484,11 @@ impl Store {
             if entry.ephemeral && !fresh.contains(&id) {
                 return None;
             }
-            let below: Vec<_> = [&entry.record.parent, &entry.record.origin].into_iter().flatten().cloned().collect();
+            let below: Vec<_> = [&entry.record.parent, &entry.record.origin]
+                .into_iter()
+                .flatten()
+                .cloned()
+                .collect();
             let missing: Vec<_> = below.into_iter().filter(|b| !ready.contains_key(b)).collect();
             if !missing.is_empty() {
                 // A cycle cannot come from this code, but a damaged index must not hang the daemon.
@@ -481,7 +521,10 @@ impl Store {
             description: record.description.clone(),
             created_at: record.created_at,
             facts: RwLock::new(LayerFacts {
-                tree: record.tree.as_ref().map(|id| (id.clone(), Tree::open(self.dir.tree(id)))),
+                tree: record
+                    .tree
+                    .as_ref()
+                    .map(|id| (id.clone(), Tree::open(self.dir.tree(id)))),
                 diff_id: record.diff_id,
                 chain: record.chain,
                 blobs: record.blobs.clone(),
@@ -506,7 +549,9 @@ impl Store {
             }
         };
         if let Some(tree) = gone
-            && let Err(error) = self.trash.discard(self, &self.dir.tree(&tree.id), Area::Trees, tree.disk)
+            && let Err(error) = self
+                .trash
+                .discard(self, &self.dir.tree(&tree.id), Area::Trees, tree.disk)
         {
             tracing::warn!(%error, "a tree that nobody needs any more stays until the next start");
         }
@@ -523,11 +568,20 @@ impl Store {
         let (node, ephemeral) = {
             let mut table = self.layers.lock();
             let ephemeral = ephemeral || table.is_ephemeral(&record);
-            table.insert(record.clone(), LayerUsage { last_used: Time::now(), count: 0 });
+            table.insert(
+                record.clone(),
+                LayerUsage {
+                    last_used: Time::now(),
+                    count: 0,
+                },
+            );
             if let Some(entry) = table.layers.get_mut(&record.id) {
                 entry.ephemeral = ephemeral;
             }
-            (self.load_fresh(&mut table, &record.id, &mut held, std::slice::from_ref(&record.id)), ephemeral)
+            (
+                self.load_fresh(&mut table, &record.id, &mut held, std::slice::from_ref(&record.id)),
+                ephemeral,
+            )
         };
         drop(held);
         self.count_blobs(&record.blobs, true);
@@ -535,7 +589,10 @@ impl Store {
             batch.put(crate::meta::Table::Layers, record.id.as_str(), &record)?;
             self.commit_or_warn(&batch, "layer");
         }
-        node.map(LayerRef::new).ok_or_else(|| crate::StoreError::NotFound { what: "layer", id: record.id.to_string() })
+        node.map(LayerRef::new).ok_or_else(|| crate::StoreError::NotFound {
+            what: "layer",
+            id: record.id.to_string(),
+        })
     }
 
     /// Writes what became known about a layer: the index, and the record beside its tree if that tree was made for it.
@@ -544,7 +601,9 @@ impl Store {
             let facts = node.facts.read();
             let mut table = self.layers.lock();
             let table = &mut *table;
-            let Some(entry) = table.layers.get_mut(&node.id) else { return Ok(()) };
+            let Some(entry) = table.layers.get_mut(&node.id) else {
+                return Ok(());
+            };
             let record = &mut entry.record;
             let had = record.tree.clone();
             record.tree = facts.tree.as_ref().map(|(id, _)| id.clone());
@@ -559,15 +618,22 @@ impl Store {
                     entry.layers += 1;
                 }
                 if let Some(chain) = record.chain {
-                    table.chains.entry((record.tenant.clone(), chain)).or_insert_with(|| tree.clone());
+                    table
+                        .chains
+                        .entry((record.tenant.clone(), chain))
+                        .or_insert_with(|| tree.clone());
                 }
             }
-            let beside = record.tree.as_ref().and_then(|tree| table.trees.get_mut(tree)).and_then(|entry| {
-                (entry.record.layer.id == record.id).then(|| {
-                    entry.record.layer = record.clone();
-                    entry.record.clone()
-                })
-            });
+            let beside = record
+                .tree
+                .as_ref()
+                .and_then(|tree| table.trees.get_mut(tree))
+                .and_then(|entry| {
+                    (entry.record.layer.id == record.id).then(|| {
+                        entry.record.layer = record.clone();
+                        entry.record.clone()
+                    })
+                });
             let ephemeral = table.layers.get(&node.id).is_some_and(|e| e.ephemeral);
             (record, beside, ephemeral)
         };
@@ -589,7 +655,11 @@ impl Store {
         let mut table = self.blobs.blobs.write();
         for blob in blobs {
             if let Some(entry) = table.get_mut(&blob.digest) {
-                entry.layers = if more { entry.layers + 1 } else { entry.layers.saturating_sub(1) };
+                entry.layers = if more {
+                    entry.layers + 1
+                } else {
+                    entry.layers.saturating_sub(1)
+                };
             }
         }
     }
@@ -613,7 +683,13 @@ impl Store {
         };
         let node = Arc::new(node);
         let mut table = self.layers.lock();
-        table.insert(record, LayerUsage { last_used: Time::now(), count: 0 });
+        table.insert(
+            record,
+            LayerUsage {
+                last_used: Time::now(),
+                count: 0,
+            },
+        );
         if let Some(entry) = table.layers.get_mut(&node.id) {
             entry.ephemeral = true;
             entry.node = Arc::downgrade(&node);

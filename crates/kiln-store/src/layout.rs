@@ -57,8 +57,22 @@ impl StateDir {
         let lock = take_lock(&root)?;
         let new = check_format(&root, userxattr)?;
         let handle = File::open(&root).during("open", &root)?;
-        let dir = Self { root, handle, _lock: lock };
-        for part in ["index", "blobs/sha256", "trees", "active", "cache-mounts", "contexts", "ingest", "history", "trash"] {
+        let dir = Self {
+            root,
+            handle,
+            _lock: lock,
+        };
+        for part in [
+            "index",
+            "blobs/sha256",
+            "trees",
+            "active",
+            "cache-mounts",
+            "contexts",
+            "ingest",
+            "history",
+            "trash",
+        ] {
             let path = dir.root.join(part);
             fs::create_dir_all(&path).during("create", &path)?;
         }
@@ -89,7 +103,10 @@ impl StateDir {
     /// Bytes available to the daemon on the file system, and the file system's size.
     pub(crate) fn space(&self) -> Result<(u64, u64)> {
         let stat = rustix::fs::fstatvfs(self.handle.as_fd()).during("statvfs", &self.root)?;
-        Ok((stat.f_bavail.saturating_mul(stat.f_frsize), stat.f_blocks.saturating_mul(stat.f_frsize)))
+        Ok((
+            stat.f_bavail.saturating_mul(stat.f_frsize),
+            stat.f_blocks.saturating_mul(stat.f_frsize),
+        ))
     }
 
     /// Writes everything on this file system to the device.
@@ -99,7 +116,9 @@ impl StateDir {
 
     /// An id of the file system as far as the kernel gives one.
     pub(crate) fn file_system(&self) -> Result<u64> {
-        Ok(rustix::fs::fstatvfs(self.handle.as_fd()).during("statvfs", &self.root)?.f_fsid)
+        Ok(rustix::fs::fstatvfs(self.handle.as_fd())
+            .during("statvfs", &self.root)?
+            .f_fsid)
     }
 
     /// Sets space aside for opening the index on a full disk. Failing to is no reason not to start.
@@ -139,32 +158,53 @@ fn restrict(root: &Path) -> Result<()> {
 fn take_lock(root: &Path) -> Result<File> {
     let path = root.join("lock");
     let mut options = OpenOptions::new();
-    let mut file =
-        options.read(true).write(true).create(true).truncate(false).open(&path).during("open", &path)?;
+    let mut file = options
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(&path)
+        .during("open", &path)?;
     match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => {}
         Err(rustix::io::Errno::WOULDBLOCK) => {
             let mut text = String::new();
             let _ = file.read_to_string(&mut text);
-            return Err(StoreError::Locked { path: root.to_owned(), holder: text.trim().parse().ok() });
+            return Err(StoreError::Locked {
+                path: root.to_owned(),
+                holder: text.trim().parse().ok(),
+            });
         }
         Err(error) => return Err(error).during("lock", &path),
     }
     // Full disk: the number is a courtesy to whoever is refused later.
-    let _ = file.set_len(0).and_then(|()| file.rewind()).and_then(|()| writeln!(file, "{}", std::process::id()));
+    let _ = file
+        .set_len(0)
+        .and_then(|()| file.rewind())
+        .and_then(|()| writeln!(file, "{}", std::process::id()));
     Ok(file)
 }
 
 fn uid_map() -> String {
     let raw = fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
-    let fields: Vec<_> = raw.lines().map(|l| l.split_whitespace().collect::<Vec<_>>().join(" ")).collect();
+    let fields: Vec<_> = raw
+        .lines()
+        .map(|l| l.split_whitespace().collect::<Vec<_>>().join(" "))
+        .collect();
     fields.join(";")
 }
 
 fn check_format(root: &Path, userxattr: bool) -> Result<bool> {
-    let refuse = |reason: String| StoreError::Format { path: root.to_owned(), reason };
+    let refuse = |reason: String| StoreError::Format {
+        path: root.to_owned(),
+        reason,
+    };
     let path = root.join("format");
-    let now = Format { version: FORMAT, uid_map: uid_map(), userxattr };
+    let now = Format {
+        version: FORMAT,
+        uid_map: uid_map(),
+        userxattr,
+    };
     let raw = match fs::read(&path) {
         Ok(raw) => raw,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
@@ -183,7 +223,10 @@ fn check_format(root: &Path, userxattr: bool) -> Result<bool> {
     };
     let was: Format = serde_json::from_slice(&raw).map_err(|e| refuse(format!("format file: {e}")))?;
     if was.version != FORMAT {
-        return Err(refuse(format!("format {} was written by another version; this one knows {FORMAT}", was.version)));
+        return Err(refuse(format!(
+            "format {} was written by another version; this one knows {FORMAT}",
+            was.version
+        )));
     }
     if was.uid_map != now.uid_map || was.userxattr != now.userxattr {
         return Err(refuse(format!(
@@ -207,13 +250,19 @@ mod tests {
         let (first, new) = StateDir::open(dir.path(), false).unwrap();
         assert!(new);
         let refused = StateDir::open(dir.path(), false).unwrap_err();
-        assert!(matches!(refused, StoreError::Locked { holder: Some(pid), .. } if pid == std::process::id()), "{refused}");
+        assert!(
+            matches!(refused, StoreError::Locked { holder: Some(pid), .. } if pid == std::process::id()),
+            "{refused}"
+        );
         drop(first);
         assert!(!StateDir::open(dir.path(), false).unwrap().1);
         let refused = StateDir::open(dir.path(), true).unwrap_err();
         assert!(refused.to_string().contains("rootless"), "{refused}");
         let raw = fs::read_to_string(dir.path().join("format")).unwrap();
         fs::write(dir.path().join("format"), raw.replace("\"version\":1", "\"version\":9")).unwrap();
-        assert!(matches!(StateDir::open(dir.path(), false).unwrap_err(), StoreError::Format { .. }));
+        assert!(matches!(
+            StateDir::open(dir.path(), false).unwrap_err(),
+            StoreError::Format { .. }
+        ));
     }
 }

@@ -91,7 +91,11 @@ pub struct Ledger {
 
 impl Ledger {
     pub(crate) fn new(dir: Arc<StateDir>, limit: u64) -> Arc<Self> {
-        Arc::new(Self { dir, limit, accounts: Mutex::default() })
+        Arc::new(Self {
+            dir,
+            limit,
+            accounts: Mutex::default(),
+        })
     }
 
     /// Promises `bytes` to a writer. The promise ends with the returned value.
@@ -99,7 +103,11 @@ impl Ledger {
     /// # Errors
     /// [`StoreError::NoSpace`] if the limit or the file system leaves no room for it.
     pub fn reserve(self: &Arc<Self>, area: Area, bytes: u64) -> Result<Reservation> {
-        let mut reservation = Reservation { ledger: self.clone(), area, bytes: 0 };
+        let mut reservation = Reservation {
+            ledger: self.clone(),
+            area,
+            bytes: 0,
+        };
         reservation.grow(bytes)?;
         Ok(reservation)
     }
@@ -174,7 +182,10 @@ impl Reservation {
         let mut accounts = self.ledger.accounts.lock();
         let wanted = accounts.reserved + more;
         if wanted > available {
-            let reason = format!("the file system has {available} bytes left and {} are promised", accounts.reserved);
+            let reason = format!(
+                "the file system has {available} bytes left and {} are promised",
+                accounts.reserved
+            );
             return Err(StoreError::NoSpace { wanted: more, reason });
         }
         let used: u64 = accounts.used.iter().sum();
@@ -241,7 +252,10 @@ mod tests {
         let state = Arc::new(StateDir::open(dir.path(), false).unwrap().0);
         let ledger = Ledger::new(state, 1000);
         let first = ledger.reserve(Area::Blobs, 600).unwrap();
-        assert!(matches!(ledger.reserve(Area::Trees, 500), Err(StoreError::NoSpace { wanted: 500, .. })));
+        assert!(matches!(
+            ledger.reserve(Area::Trees, 500),
+            Err(StoreError::NoSpace { wanted: 500, .. })
+        ));
         let mut second = ledger.reserve(Area::Trees, 300).unwrap();
         assert!(second.grow(200).is_err());
         second.grow(100).unwrap();

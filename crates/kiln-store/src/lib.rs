@@ -11,7 +11,8 @@
 //! - [`ledger`]: the disk account. [`gc`]: what is kept and what goes.
 //! - `meta` (the index), `epoch` (what survives a power cut), `trash`, `keeper` (the background thread).
 //! - Trees: [`manifest`] (what is in one), [`tree`] (one on disk), [`view`] (what a stack of them shows), [`layer`]
-//!   (archive to tree and back), [`compress`], [`union`] (FileOp: a new tree over a view, without a mount).
+//!   (archive to tree and back), [`compress`], [`union`] (FileOp: a new tree over a view, without a mount),
+//!   [`snapshot`] (a view as the root of a process, and what it wrote).
 //!
 //! Absent on purpose: builds, vertices, sessions, registries. A blob that is not here arrives through a provider the
 //! caller brings.
@@ -47,6 +48,7 @@ pub use error::{Result, StoreError};
 pub use gc::{GcPolicy, UsageRecord};
 pub use history::{History, HistoryRecord};
 pub use ids::{DirId, LayerId, RecordId, RecordType, Tenant, Time, TreeId};
+pub use kiln_fs::{Stop, StopGuard};
 pub use layer_ref::{LayerMeta, LayerRef, LazyLayer};
 pub use ledger::{Area, LedgerReport, Reservation};
 pub use open::OpenReport;
@@ -54,19 +56,20 @@ pub use provider::{BlobProvider, BlobStream, ProviderError, Providers};
 pub use realize::{RealizeCtx, RealizeEvent, RealizeObserver};
 pub use records::{CacheHit, CacheRecord, NewRecord, Records};
 pub use store::{SnapshotterChoice, Store, StoreConfig};
-pub use kiln_fs::{Stop, StopGuard};
 
 // Trees of files: what a layer is on disk and what is done with it.
 pub mod compress;
 mod files;
 pub mod layer;
 pub mod manifest;
+pub mod snapshot;
 pub mod tree;
 pub mod union;
 pub mod view;
 
 pub use compress::{Algorithm, Compression};
 pub use manifest::{Entry, Kind, Manifest, Usage};
+pub use snapshot::{ActiveRoot, Mount, Native, OverlayFs, Snapshotter};
 pub use tree::{OverlayXattr, Tree, TreeBuilder};
 pub use union::{CopySpec, FileWriter, ModeChange, Owner, OwnerSpec, UserSpec};
 pub use view::{Node, View};

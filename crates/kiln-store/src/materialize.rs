@@ -16,7 +16,11 @@ use crate::view::View;
 /// Copies everything a view shows into the empty directory `target`.
 pub(crate) fn copy_view(view: &View, target: &Path) -> Result<()> {
     let Some(root) = view.root() else { return Ok(()) };
-    let (out, copier, stop) = (Dir::open_ambient(target)?.with_links(Links::Refuse), Copier::new(), Stop::new());
+    let (out, copier, stop) = (
+        Dir::open_ambient(target)?.with_links(Links::Refuse),
+        Copier::new(),
+        Stop::new(),
+    );
     let mut linked: HashMap<(usize, u32), Vec<u8>> = HashMap::new();
     let mut dirs = vec![view.entry(&root).clone()];
     for node in view.walk(&root) {
@@ -78,7 +82,9 @@ const MAX_DEPTH: usize = 512;
 
 fn copy_level(from: &Dir, to: &Dir, copier: &Copier, stop: &Stop, depth: usize) -> Result<()> {
     if depth > MAX_DEPTH {
-        return Err(crate::StoreError::Invalid(format!("a directory is nested more than {MAX_DEPTH} levels deep")));
+        return Err(crate::StoreError::Invalid(format!(
+            "a directory is nested more than {MAX_DEPTH} levels deep"
+        )));
     }
     for entry in from.entries()? {
         stop.check()?;
@@ -87,7 +93,13 @@ fn copy_level(from: &Dir, to: &Dir, copier: &Copier, stop: &Stop, depth: usize) 
         match md.file_type {
             FileType::Directory => {
                 to.create_dir(name, 0o700)?;
-                copy_level(&from.child_dir(&entry.name)?, &to.child_dir(&entry.name)?, copier, stop, depth + 1)?;
+                copy_level(
+                    &from.child_dir(&entry.name)?,
+                    &to.child_dir(&entry.name)?,
+                    copier,
+                    stop,
+                    depth + 1,
+                )?;
             }
             FileType::Regular => {
                 let file = to.create_file(name, 0o600)?;
@@ -124,9 +136,18 @@ mod tests {
         std::fs::create_dir(&b).unwrap();
         copy_dir(&a, &b, &Stop::new()).unwrap();
         assert_eq!(std::fs::read_to_string(b.join("d/e/f")).unwrap(), "text");
-        let (was, is) = (std::fs::metadata(a.join("d/e/f")).unwrap(), std::fs::metadata(b.join("d/e/f")).unwrap());
-        assert_eq!((was.mode(), was.mtime(), was.mtime_nsec()), (is.mode(), is.mtime(), is.mtime_nsec()));
-        assert_eq!(std::fs::metadata(a.join("d")).unwrap().mtime_nsec(), std::fs::metadata(b.join("d")).unwrap().mtime_nsec());
+        let (was, is) = (
+            std::fs::metadata(a.join("d/e/f")).unwrap(),
+            std::fs::metadata(b.join("d/e/f")).unwrap(),
+        );
+        assert_eq!(
+            (was.mode(), was.mtime(), was.mtime_nsec()),
+            (is.mode(), is.mtime(), is.mtime_nsec())
+        );
+        assert_eq!(
+            std::fs::metadata(a.join("d")).unwrap().mtime_nsec(),
+            std::fs::metadata(b.join("d")).unwrap().mtime_nsec()
+        );
         assert_eq!(std::fs::read_link(b.join("d/link")).unwrap(), Path::new("/etc"));
     }
 }

@@ -65,7 +65,10 @@ pub(crate) fn open(config: StoreConfig) -> Result<(Arc<Store>, OpenReport)> {
     let overlay = detect_overlay(&config)?;
     let (dir, new) = StateDir::open(&config.root, overlay == OverlayXattr::User)?;
     let dir = Arc::new(dir);
-    let mut report = OpenReport { new, ..OpenReport::default() };
+    let mut report = OpenReport {
+        new,
+        ..OpenReport::default()
+    };
     let (index, opened) = open_index(&dir, &mut report)?;
     report.replayed = opened.replayed;
     report.compacted = opened.compacted;
@@ -101,7 +104,9 @@ pub(crate) fn open(config: StoreConfig) -> Result<(Arc<Store>, OpenReport)> {
     store.drop_incomplete(&mut found, &mut report)?;
     store.take_over(found)?;
     for entry in entries(&store.dir.part("active"))? {
-        store.trash.discard(&store, &store.dir.part("active").join(entry), Area::Active, 0)?;
+        store
+            .trash
+            .discard(&store, &store.dir.part("active").join(entry), Area::Active, 0)?;
     }
     store.open_cache_mounts()?;
     store.open_contexts()?;
@@ -118,7 +123,12 @@ pub(crate) fn open(config: StoreConfig) -> Result<(Arc<Store>, OpenReport)> {
     store.keeper.start(&store);
     store.keeper.wake();
     if let Some(reason) = &report.rebuilt {
-        tracing::warn!(reason, trees = report.trees, layers = report.layers, "the index was rebuilt from the records on disk");
+        tracing::warn!(
+            reason,
+            trees = report.trees,
+            layers = report.layers,
+            "the index was rebuilt from the records on disk"
+        );
     }
     Ok((store, report))
 }
@@ -224,7 +234,10 @@ impl Store {
 
     fn compare_blobs(&self, found: &mut Found, report: &mut OpenReport) -> Result<()> {
         let root = self.dir.part("blobs/sha256");
-        let names: HashSet<String> = entries(&root)?.into_iter().filter_map(|n| n.into_string().ok()).collect();
+        let names: HashSet<String> = entries(&root)?
+            .into_iter()
+            .filter_map(|n| n.into_string().ok())
+            .collect();
         for name in &names {
             let path = root.join(name);
             let digest = name.strip_suffix(".record").unwrap_or(name);
@@ -248,7 +261,12 @@ impl Store {
                 self.trash.discard(self, &path, Area::Blobs, 0)?;
             }
         }
-        let lost: Vec<_> = found.blobs.keys().filter(|d| !names.contains(&d.hex())).copied().collect();
+        let lost: Vec<_> = found
+            .blobs
+            .keys()
+            .filter(|d| !names.contains(&d.hex()))
+            .copied()
+            .collect();
         for digest in lost {
             found.blobs.remove(&digest);
             found.news.remove(Table::Blobs, digest.as_bytes().to_vec());
@@ -259,20 +277,35 @@ impl Store {
 
     /// After a restart of the machine only sealed epochs are believed. Returns the highest epoch seen.
     fn drop_unsealed(&self, found: &mut Found, trusted: u64, report: &mut OpenReport) -> Result<u64> {
-        let epochs = found.trees.values().map(|t| t.epoch).chain(found.blobs.values().map(|b| b.epoch));
+        let epochs = found
+            .trees
+            .values()
+            .map(|t| t.epoch)
+            .chain(found.blobs.values().map(|b| b.epoch));
         let highest = epochs.max().unwrap_or(0);
-        let trees: Vec<_> = found.trees.values().filter(|t| t.epoch > trusted).map(|t| t.id.clone()).collect();
+        let trees: Vec<_> = found
+            .trees
+            .values()
+            .filter(|t| t.epoch > trusted)
+            .map(|t| t.id.clone())
+            .collect();
         for id in trees {
             found.trees.remove(&id);
             found.news.remove(Table::Trees, id.as_str());
             self.trash.discard(self, &self.dir.tree(&id), Area::Trees, 0)?;
             report.unsealed += 1;
         }
-        let blobs: Vec<_> = found.blobs.values().filter(|b| b.epoch > trusted).map(|b| b.info.digest).collect();
+        let blobs: Vec<_> = found
+            .blobs
+            .values()
+            .filter(|b| b.epoch > trusted)
+            .map(|b| b.info.digest)
+            .collect();
         for digest in blobs {
             found.blobs.remove(&digest);
             found.news.remove(Table::Blobs, digest.as_bytes().to_vec());
-            self.trash.discard(self, &self.blob_record_path(&digest), Area::Blobs, 0)?;
+            self.trash
+                .discard(self, &self.blob_record_path(&digest), Area::Blobs, 0)?;
             self.trash.discard(self, &self.blob_path(&digest), Area::Blobs, 0)?;
             report.unsealed += 1;
         }
@@ -316,7 +349,16 @@ impl Store {
             for (digest, record) in found.blobs {
                 self.ledger.add(Area::Blobs, record.disk);
                 let last_used = record.info.created_at;
-                blobs.insert(digest, BlobEntry { record, leases: 0, layers: 0, last_used, dying: false });
+                blobs.insert(
+                    digest,
+                    BlobEntry {
+                        record,
+                        leases: 0,
+                        layers: 0,
+                        last_used,
+                        dying: false,
+                    },
+                );
             }
         }
         // Children are counted with their parents, so parents come first.
@@ -326,7 +368,9 @@ impl Store {
             let mut path = vec![id];
             while let Some(id) = path.last().copied() {
                 let record = found.layers.get(id);
-                let below = record.into_iter().flat_map(|r| [&r.parent, &r.origin].into_iter().flatten());
+                let below = record
+                    .into_iter()
+                    .flat_map(|r| [&r.parent, &r.origin].into_iter().flatten());
                 let missing: Vec<_> = below.filter(|b| !entered.contains(*b)).collect();
                 if missing.is_empty() || path.len() > found.layers.len() {
                     path.pop();
@@ -339,9 +383,14 @@ impl Store {
             }
         }
         for id in order {
-            let Some(record) = found.layers.remove(&id) else { continue };
+            let Some(record) = found.layers.remove(&id) else {
+                continue;
+            };
             let usage = found.usage.get(&id).copied();
-            let usage = usage.unwrap_or(LayerUsage { last_used: record.created_at, count: 0 });
+            let usage = usage.unwrap_or(LayerUsage {
+                last_used: record.created_at,
+                count: 0,
+            });
             self.count_blobs(&record.blobs, true);
             table.insert(record, usage);
         }
@@ -365,10 +414,20 @@ impl Store {
                         && layer.tree.as_ref().is_none_or(|t| table.trees.contains_key(t));
                     if stands && !table.layers.contains_key(&layer.id) {
                         found.news.put(Table::Layers, layer.id.as_str(), layer)?;
-                        table.insert(layer.clone(), LayerUsage { last_used: layer.created_at, count: 0 });
+                        table.insert(
+                            layer.clone(),
+                            LayerUsage {
+                                last_used: layer.created_at,
+                                count: 0,
+                            },
+                        );
                     }
                 }
-                save.record.outputs.iter().flatten().all(|id| table.layers.contains_key(id))
+                save.record
+                    .outputs
+                    .iter()
+                    .flatten()
+                    .all(|id| table.layers.contains_key(id))
             };
             if whole {
                 self.link_record(&mut found.news, &save)?;
@@ -397,7 +456,11 @@ impl Store {
         for name in entries(&root)? {
             let path = root.join(&name);
             let Ok(meta) = fs::metadata(&path) else { continue };
-            let old = meta.modified().ok().and_then(|m| m.elapsed().ok()).is_some_and(|age| age > grace);
+            let old = meta
+                .modified()
+                .ok()
+                .and_then(|m| m.elapsed().ok())
+                .is_some_and(|age| age > grace);
             let busy = name.to_str().is_some_and(|n| self.blobs.has_writer(n));
             if old && !busy && !name.to_string_lossy().starts_with("draft-") {
                 use std::os::unix::fs::MetadataExt as _;

@@ -33,7 +33,11 @@ impl Providers {
     /// One provider for one or several blobs.
     pub fn of(blobs: impl IntoIterator<Item = Digest>, provider: Arc<dyn BlobProvider>) -> Self {
         let map: HashMap<_, _> = blobs.into_iter().map(|d| (d, provider.clone())).collect();
-        if map.is_empty() { Self(None) } else { Self(Some(Arc::new(map))) }
+        if map.is_empty() {
+            Self(None)
+        } else {
+            Self(Some(Arc::new(map)))
+        }
     }
 
     /// The provider of a blob.
@@ -64,6 +68,8 @@ impl Providers {
 
 impl fmt::Debug for Providers {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Providers").field(&self.0.as_ref().map_or(0, |m| m.len())).finish()
+        f.debug_tuple("Providers")
+            .field(&self.0.as_ref().map_or(0, |m| m.len()))
+            .finish()
     }
 }

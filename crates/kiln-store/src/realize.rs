@@ -74,7 +74,9 @@ pub struct RealizeCtx {
 
 impl fmt::Debug for RealizeCtx {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("RealizeCtx").field("providers", &self.providers).finish_non_exhaustive()
+        f.debug_struct("RealizeCtx")
+            .field("providers", &self.providers)
+            .finish_non_exhaustive()
     }
 }
 
@@ -187,12 +189,17 @@ impl Store {
             None => ChainId(lazy.diff_id.digest()),
             Some(parent) => {
                 let below = parent.chain_id().ok_or_else(|| {
-                    StoreError::Invalid(format!("layer {} lies over one whose diff id is not known", lazy.blob.digest))
+                    StoreError::Invalid(format!(
+                        "layer {} lies over one whose diff id is not known",
+                        lazy.blob.digest
+                    ))
                 })?;
                 below.extend(lazy.diff_id)
             }
         };
-        let providers = provider.map(|p| Providers::of([lazy.blob.digest], p)).unwrap_or_default();
+        let providers = provider
+            .map(|p| Providers::of([lazy.blob.digest], p))
+            .unwrap_or_default();
         let providers = parent.map_or_else(|| providers.clone(), |p| p.providers().merged(&providers));
         let known = {
             let table = self.layers.lock();
@@ -237,7 +244,10 @@ impl Store {
         blocking("reading manifests", move |_| {
             let mut trees: Vec<Tree> = Vec::new();
             for node in node.chain() {
-                let missing = || StoreError::NotFound { what: "tree of layer", id: node.id.to_string() };
+                let missing = || StoreError::NotFound {
+                    what: "tree of layer",
+                    id: node.id.to_string(),
+                };
                 let tree = node.tree().ok_or_else(missing)?;
                 // The same tree twice: only its upper place counts, and overlayfs refuses to have it twice.
                 trees.retain(|t| t.dir() != tree.dir());
@@ -248,7 +258,12 @@ impl Store {
         .await
     }
 
-    async fn realize_nodes(self: &Arc<Self>, top: &Arc<LayerNode>, providers: &Providers, ctx: &RealizeCtx) -> Result<()> {
+    async fn realize_nodes(
+        self: &Arc<Self>,
+        top: &Arc<LayerNode>,
+        providers: &Providers,
+        ctx: &RealizeCtx,
+    ) -> Result<()> {
         // Owners without a tree, with everything below them, bottom first.
         let mut wanted: Vec<Arc<LayerNode>> = Vec::new();
         let mut seen = std::collections::HashSet::new();
@@ -306,7 +321,9 @@ impl Store {
 
     /// Gives a layer the tree of an equal chain, if there is one.
     fn adopt_equal_tree(self: &Arc<Self>, node: &Arc<LayerNode>) -> Result<bool> {
-        let Some(chain) = node.facts.read().chain else { return Ok(false) };
+        let Some(chain) = node.facts.read().chain else {
+            return Ok(false);
+        };
         let found = {
             let table = self.layers.lock();
             table.chains.get(&(node.tenant.clone(), chain)).cloned()
@@ -339,10 +356,18 @@ impl Store {
         if let Some(handle) = blobs.iter().find_map(|b| content.lease(&b.digest)) {
             return Ok(handle);
         }
-        let Some(blob) = blobs.iter().find(|b| providers.get(&b.digest).is_some()).or(blobs.first()) else {
-            return Err(StoreError::NotFound { what: "tree of layer", id: node.id.to_string() });
+        let Some(blob) = blobs
+            .iter()
+            .find(|b| providers.get(&b.digest).is_some())
+            .or(blobs.first())
+        else {
+            return Err(StoreError::NotFound {
+                what: "tree of layer",
+                id: node.id.to_string(),
+            });
         };
-        self.fetch_for(&node.tenant, blob, providers, ctx, node.id.as_str()).await
+        self.fetch_for(&node.tenant, blob, providers, ctx, node.id.as_str())
+            .await
     }
 
     /// Fetches a blob unless it is here. Cancel by dropping the future; what arrived is kept for resuming.
@@ -372,7 +397,10 @@ impl Store {
             }
             let key = Key::Fetch(tenant.clone(), blob.digest);
             let provider = providers.get(&blob.digest);
-            let unavailable = || StoreError::BlobUnavailable { blob: blob.digest, layer: layer.to_owned() };
+            let unavailable = || StoreError::BlobUnavailable {
+                blob: blob.digest,
+                layer: layer.to_owned(),
+            };
             let (work, started) = self.in_flight.join(&key, ctx.observer.as_ref(), |watchers| {
                 let (store, tenant, blob, key) = (self.clone(), tenant.clone(), blob.clone(), key.clone());
                 let missing = unavailable();
@@ -403,7 +431,10 @@ impl Store {
         provider: &dyn BlobProvider,
         watchers: &Watchers,
     ) -> Result<BlobHandle> {
-        let failed = |source| StoreError::Provider { blob: blob.digest, source };
+        let failed = |source| StoreError::Provider {
+            blob: blob.digest,
+            source,
+        };
         let mut attempt = 0;
         loop {
             attempt += 1;
@@ -494,7 +525,12 @@ impl Store {
             });
             match work.await {
                 Ok(Value::Tree(tree)) => return Ok(tree),
-                Ok(_) => return Err(StoreError::NotFound { what: "tree of layer", id: node.id.to_string() }),
+                Ok(_) => {
+                    return Err(StoreError::NotFound {
+                        what: "tree of layer",
+                        id: node.id.to_string(),
+                    });
+                }
                 Err(error) if !started && error.is_canceled() => {}
                 Err(error) => return Err(shared(error)),
             }
@@ -519,13 +555,21 @@ impl Store {
             let mut active = store.new_active(&node.tenant, parent.as_ref(), &lower)?;
             let content = store.content(&node.tenant);
             let reader = content.open(&digest)?;
-            let options = ApplyOptions { lower: Some(&lower), threads: 0, progress: None };
+            let options = ApplyOptions {
+                lower: Some(&lower),
+                threads: 0,
+                progress: None,
+            };
             let applied = apply(reader, active.builder()?, &options, stop)?;
             let expected = node.facts.read().diff_id;
             if let Some(expected) = expected
                 && expected != applied.diff_id
             {
-                return Err(StoreError::DiffIdMismatch { blob: digest, expected, actual: applied.diff_id });
+                return Err(StoreError::DiffIdMismatch {
+                    blob: digest,
+                    expected,
+                    actual: applied.diff_id,
+                });
             }
             content.set_diff_id(&digest, applied.diff_id)?;
             let record = store.record_of(&node);
@@ -564,7 +608,12 @@ impl Store {
     ///
     /// # Errors
     /// If a record cannot be entered.
-    pub fn merge(self: &Arc<Self>, tenant: &Tenant, inputs: &[Option<LayerRef>], description: &str) -> Result<Option<LayerRef>> {
+    pub fn merge(
+        self: &Arc<Self>,
+        tenant: &Tenant,
+        inputs: &[Option<LayerRef>],
+        description: &str,
+    ) -> Result<Option<LayerRef>> {
         let mut merged: Option<LayerRef> = None;
         for input in inputs.iter().flatten() {
             merged = Some(match merged {
@@ -603,7 +652,9 @@ impl Store {
             if rest.is_empty() {
                 return Ok(None);
             }
-            return self.repeat(tenant, None, rest, upper.providers(), description).map(Some);
+            return self
+                .repeat(tenant, None, rest, upper.providers(), description)
+                .map(Some);
         }
         let lower_view = self.realize(lower, ctx).await?;
         let upper_view = self.realize(upper, ctx).await?;
@@ -612,9 +663,14 @@ impl Store {
             let active = store.new_active(&tenant, None, &View::scratch())?;
             stop.check()?;
             if lower_view.root().is_some() || upper_view.root().is_some() {
-                return Err(StoreError::Unsupported("comparing layers that are not built on each other".into()));
+                return Err(StoreError::Unsupported(
+                    "comparing layers that are not built on each other".into(),
+                ));
             }
-            active.commit(LayerMeta { description, ..LayerMeta::default() })
+            active.commit(LayerMeta {
+                description,
+                ..LayerMeta::default()
+            })
         })
         .await?;
         Ok(Some(layer))
@@ -629,7 +685,10 @@ impl Store {
         providers: &Providers,
         description: &str,
     ) -> Result<LayerRef> {
-        let providers = parent.as_ref().map_or_else(Providers::default, |p| p.providers().clone()).merged(providers);
+        let providers = parent
+            .as_ref()
+            .map_or_else(Providers::default, |p| p.providers().clone())
+            .merged(providers);
         let mut top = parent;
         for layer in layers {
             let owner = layer.node.owner();
@@ -658,7 +717,12 @@ impl Store {
                 chain,
                 blobs: Vec::new(),
                 record_type: layer.record_type(),
-                description: if description.is_empty() { layer.description() } else { description }.to_owned(),
+                description: if description.is_empty() {
+                    layer.description()
+                } else {
+                    description
+                }
+                .to_owned(),
                 created_at: Time::now(),
             };
             top = Some(self.enter_layer(record, false)?);
@@ -690,7 +754,11 @@ impl Store {
         {
             let facts = owner.facts.read();
             let usable = |b: &&Descriptor| content.has(&b.digest) || providers.get(&b.digest).is_some();
-            let any = facts.blobs.iter().filter(usable).find(|b| fits(b) && (!force || compression.level.is_none()));
+            let any = facts
+                .blobs
+                .iter()
+                .filter(usable)
+                .find(|b| fits(b) && (!force || compression.level.is_none()));
             let any = any.or_else(|| if force { None } else { facts.blobs.iter().find(usable) });
             if let Some(blob) = any {
                 return Ok(blob.clone());
@@ -700,7 +768,10 @@ impl Store {
         loop {
             let (work, started) = self.in_flight.join(&key, ctx.observer.as_ref(), |_| {
                 let (store, owner, key) = (self.clone(), owner.clone(), key.clone());
-                let ctx = RealizeCtx { providers: providers.clone(), observer: ctx.observer.clone() };
+                let ctx = RealizeCtx {
+                    providers: providers.clone(),
+                    observer: ctx.observer.clone(),
+                };
                 async move {
                     let outcome = store.pack_now(&owner, compression, &ctx).await;
                     store.in_flight.done(&key);
@@ -713,7 +784,12 @@ impl Store {
                     self.learn_chain(&layer.node)?;
                     return Ok(blob);
                 }
-                Ok(_) => return Err(StoreError::NotFound { what: "blob of layer", id: owner.id.to_string() }),
+                Ok(_) => {
+                    return Err(StoreError::NotFound {
+                        what: "blob of layer",
+                        id: owner.id.to_string(),
+                    });
+                }
                 Err(error) if !started && !error.is_no_space() => drop(error),
                 Err(error) => return Err(shared(error)),
             }
@@ -732,7 +808,9 @@ impl Store {
         let source = source.or_else(|| blobs.iter().find(|b| ctx.providers.get(&b.digest).is_some()));
         let packed = if let Some(blob) = source {
             // Another packing of the same archive: it is repacked, not unpacked to files.
-            let handle = self.fetch_for(&owner.tenant, blob, &ctx.providers, ctx, owner.id.as_str()).await?;
+            let handle = self
+                .fetch_for(&owner.tenant, blob, &ctx.providers, ctx, owner.id.as_str())
+                .await?;
             let (content, expected) = (content.clone(), owner.facts.read().diff_id);
             blocking("repacking a layer", move |stop| {
                 let reader = content.open(&handle.digest())?;
@@ -746,7 +824,10 @@ impl Store {
                 Some(parent) => self.view_of(parent).await?,
                 None => View::scratch(),
             };
-            let missing = || StoreError::NotFound { what: "tree of layer", id: owner.id.to_string() };
+            let missing = || StoreError::NotFound {
+                what: "tree of layer",
+                id: owner.id.to_string(),
+            };
             let tree = owner.tree().ok_or_else(missing)?;
             let content = content.clone();
             blocking("packing a layer", move |stop| {
@@ -823,15 +904,25 @@ async fn pump(
                 current += chunk.len() as u64;
                 if current > size {
                     drop(chunks);
-                    let mut writer = writing.await.map_err(|_| StoreError::Panicked { task: "writing a blob" })??;
+                    let mut writer = writing
+                        .await
+                        .map_err(|_| StoreError::Panicked { task: "writing a blob" })??;
                     writer.restart()?;
                     let what = format!("blob {digest}");
-                    return Err(StoreError::SizeMismatch { what, expected: size, actual: current });
+                    return Err(StoreError::SizeMismatch {
+                        what,
+                        expected: size,
+                        actual: current,
+                    });
                 }
                 if chunks.send(chunk).await.is_err() {
                     break;
                 }
-                watchers.tell(&RealizeEvent::Fetching { blob: digest, current, total: size });
+                watchers.tell(&RealizeEvent::Fetching {
+                    blob: digest,
+                    current,
+                    total: size,
+                });
             }
             Err(error) => {
                 broken = Some(error);
@@ -840,7 +931,9 @@ async fn pump(
         }
     }
     drop(chunks);
-    let writer = writing.await.map_err(|_| StoreError::Panicked { task: "writing a blob" })??;
+    let writer = writing
+        .await
+        .map_err(|_| StoreError::Panicked { task: "writing a blob" })??;
     Ok((writer, broken))
 }
 
@@ -866,7 +959,11 @@ fn repack(
     use std::io::{Read as _, Write as _};
     let blob = reader.digest();
     let mut writer = content.writer(None)?;
-    let failed = |source| StoreError::Io { action: "repack", path: blob.to_string().into(), source };
+    let failed = |source| StoreError::Io {
+        action: "repack",
+        path: blob.to_string().into(),
+        source,
+    };
     let (_, mut plain) = crate::compress::unpack(reader).map_err(failed)?;
     let threads = std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get);
     let packer = crate::compress::Compressor::new(compression, threads, &mut writer).map_err(failed)?;
@@ -905,6 +1002,9 @@ impl Store {
     ) -> Result<ActiveSnapshot> {
         let base = self.realize(parent, ctx).await?;
         let (store, tenant, parent) = (self.clone(), tenant.clone(), parent.cloned());
-        blocking("making a snapshot", move |_| store.new_active(&tenant, parent.as_ref(), &base)).await
+        blocking("making a snapshot", move |_| {
+            store.new_active(&tenant, parent.as_ref(), &base)
+        })
+        .await
     }
 }

@@ -118,7 +118,10 @@ fn use_key(id: &RecordId) -> Vec<u8> {
 impl Store {
     /// The cache records of a tenant.
     pub fn records(self: &Arc<Self>, tenant: &Tenant) -> Records {
-        Records { store: self.clone(), tenant: tenant.clone() }
+        Records {
+            store: self.clone(),
+            tenant: tenant.clone(),
+        }
     }
 }
 
@@ -128,7 +131,11 @@ impl Records {
     /// # Errors
     /// If the index cannot be read.
     pub fn lookup(&self, key: &Digest) -> Result<Option<CacheHit>> {
-        let Some(id) = self.store.index.get::<RecordId>(Table::Keys, &key_of(&self.tenant, key.as_bytes()))? else {
+        let Some(id) = self
+            .store
+            .index
+            .get::<RecordId>(Table::Keys, &key_of(&self.tenant, key.as_bytes()))?
+        else {
             return Ok(None);
         };
         let hit = self.get(&id)?;
@@ -145,7 +152,9 @@ impl Records {
     /// # Errors
     /// If the index cannot be read.
     pub fn get(&self, id: &RecordId) -> Result<Option<CacheHit>> {
-        let Some(stored) = self.store.stored_record(&self.tenant, id)? else { return Ok(None) };
+        let Some(stored) = self.store.stored_record(&self.tenant, id)? else {
+            return Ok(None);
+        };
         let mut outputs = Vec::with_capacity(stored.record.outputs.len());
         for output in &stored.record.outputs {
             match output {
@@ -161,10 +170,18 @@ impl Records {
             }
         }
         let used = self.store.use_of(id)?;
-        let now = LayerUsage { last_used: Time::now(), count: used.count + 1 };
+        let now = LayerUsage {
+            last_used: Time::now(),
+            count: used.count + 1,
+        };
         self.store.record_use.0.lock().insert(id.clone(), now);
         self.store.keeper.wake();
-        Ok(Some(CacheHit { record: stored.record, outputs, last_used: used.last_used, use_count: used.count }))
+        Ok(Some(CacheHit {
+            record: stored.record,
+            outputs,
+            last_used: used.last_used,
+            use_count: used.count,
+        }))
     }
 
     /// What a record says, without leases and without counting as a use. For explanations.
@@ -189,7 +206,9 @@ impl Records {
     /// If the index cannot be read.
     pub fn for_each(&self, mut each: impl FnMut(CacheRecord) -> ControlFlow<()>) -> Result<()> {
         let prefix = key_of(&self.tenant, b"");
-        self.store.index.scan(Table::Records, &prefix, |_, stored: StoredRecord| each(stored.record))
+        self.store
+            .index
+            .scan(Table::Records, &prefix, |_, stored: StoredRecord| each(stored.record))
     }
 
     /// Saves outputs under their keys, in one commit with their aliases. If a key leads to a record already, that record
@@ -224,8 +243,14 @@ impl Records {
         keys.sort_unstable();
         keys.dedup();
         let outputs: Vec<_> = new.outputs.iter().map(|o| o.as_ref().map(|l| l.id().clone())).collect();
-        let record =
-            CacheRecord { id, version, keys, parts: new.parts, outputs, created_at: new.created_at };
+        let record = CacheRecord {
+            id,
+            version,
+            keys,
+            parts: new.parts,
+            outputs,
+            created_at: new.created_at,
+        };
         let stored = self.store.describe(&self.tenant, record, &new.outputs);
         for (selector, digest) in &new.aliases {
             let key = alias_key(&self.tenant, &stored.record.id, version, selector);
@@ -254,7 +279,9 @@ impl Records {
     /// If it could not be written. A record that is gone is no error: nothing is linked.
     pub fn add_key(&self, id: &RecordId, key: &Digest) -> Result<()> {
         let _one = self.store.saving.lock();
-        let Some(mut stored) = self.store.stored_record(&self.tenant, id)? else { return Ok(()) };
+        let Some(mut stored) = self.store.stored_record(&self.tenant, id)? else {
+            return Ok(());
+        };
         if stored.record.keys.contains(key) {
             return Ok(());
         }
@@ -275,7 +302,9 @@ impl Records {
     /// # Errors
     /// If the index cannot be read.
     pub fn alias(&self, id: &RecordId, version: u64, selector: &str) -> Result<Option<Digest>> {
-        self.store.index.get(Table::Aliases, &alias_key(&self.tenant, id, version, selector))
+        self.store
+            .index
+            .get(Table::Aliases, &alias_key(&self.tenant, id, version, selector))
     }
 
     /// Remembers a content digest for a version of a record. It is dropped with that version.
@@ -296,7 +325,9 @@ impl Records {
     /// If it could not be written.
     pub fn drop_record(&self, id: &RecordId) -> Result<()> {
         let _one = self.store.saving.lock();
-        let Some(stored) = self.store.stored_record(&self.tenant, id)? else { return Ok(()) };
+        let Some(stored) = self.store.stored_record(&self.tenant, id)? else {
+            return Ok(());
+        };
         let mut batch = Batch::new();
         self.unlink(&mut batch, &stored)?;
         self.store.index.commit(&batch)?;
@@ -340,22 +371,32 @@ impl Store {
             batch.remove(Table::Outputs, output_key(layer, &record.id));
         }
         batch.remove(Table::Usage, use_key(&record.id));
-        self.index.scan(Table::Aliases, &key_of(tenant, record.id.as_str().as_bytes()), |key, _: Digest| {
-            batch.remove(Table::Aliases, key);
-            ControlFlow::Continue(())
-        })
+        self.index.scan(
+            Table::Aliases,
+            &key_of(tenant, record.id.as_str().as_bytes()),
+            |key, _: Digest| {
+                batch.remove(Table::Aliases, key);
+                ControlFlow::Continue(())
+            },
+        )
     }
 
     /// Forgets every record that has this layer among its outputs.
     pub(crate) fn drop_records_of(&self, layer: &LayerId) -> Result<()> {
         let _one = self.saving.lock();
         let mut lost = Vec::new();
-        self.index.scan(Table::Outputs, layer.as_str().as_bytes(), |_, owner: (Tenant, RecordId)| {
-            lost.push(owner);
-            ControlFlow::Continue(())
-        })?;
+        self.index.scan(
+            Table::Outputs,
+            layer.as_str().as_bytes(),
+            |_, owner: (Tenant, RecordId)| {
+                lost.push(owner);
+                ControlFlow::Continue(())
+            },
+        )?;
         for (tenant, id) in lost {
-            let Some(stored) = self.stored_record(&tenant, &id)? else { continue };
+            let Some(stored) = self.stored_record(&tenant, &id)? else {
+                continue;
+            };
             let mut batch = Batch::new();
             self.unlink_record(&mut batch, &stored)?;
             self.index.commit(&batch)?;
@@ -366,7 +407,11 @@ impl Store {
 
     /// Where a record lies beside its home tree.
     pub(crate) fn save_path(&self, stored: &StoredRecord) -> Option<PathBuf> {
-        Some(self.dir.tree(stored.home.as_ref()?).join(format!("save.{}", stored.record.id)))
+        Some(
+            self.dir
+                .tree(stored.home.as_ref()?)
+                .join(format!("save.{}", stored.record.id)),
+        )
     }
 
     fn remove_save(&self, stored: &StoredRecord) {
@@ -385,7 +430,10 @@ impl Store {
         let table = self.layers.lock();
         for output in outputs.iter().flatten() {
             for node in output.node.chain() {
-                for id in [Some(&node.id), node.origin.as_ref().map(|o| &o.id)].into_iter().flatten() {
+                for id in [Some(&node.id), node.origin.as_ref().map(|o| &o.id)]
+                    .into_iter()
+                    .flatten()
+                {
                     let Some(entry) = table.layers.get(id) else { continue };
                     let own_tree = entry.record.tree.as_ref().and_then(|tree| table.trees.get(tree));
                     let described = own_tree.is_some_and(|t| t.record.layer.id == *id);
@@ -403,10 +451,18 @@ impl Store {
             // worth finding again.
             home = outputs.iter().flatten().find_map(|output| {
                 let chain = output.node.chain();
-                chain.iter().rev().find_map(|node| table.layers.get(&node.id)?.record.tree.clone())
+                chain
+                    .iter()
+                    .rev()
+                    .find_map(|node| table.layers.get(&node.id)?.record.tree.clone())
             });
         }
-        StoredRecord { tenant: tenant.clone(), record, home, layers }
+        StoredRecord {
+            tenant: tenant.clone(),
+            record,
+            home,
+            layers,
+        }
     }
 
     fn use_of(&self, id: &RecordId) -> Result<LayerUsage> {

@@ -123,7 +123,8 @@ impl Store {
 
     /// The disk account.
     pub fn ledger(&self) -> LedgerReport {
-        self.ledger.set(Area::Index, disk_usage(&self.dir.part("index")).unwrap_or(0));
+        self.ledger
+            .set(Area::Index, disk_usage(&self.dir.part("index")).unwrap_or(0));
         self.ledger.report()
     }
 
@@ -142,7 +143,11 @@ impl Store {
         match reservation.grow(more) {
             Err(error) if error.is_no_space() => {
                 let freed = self.relieve(more)?;
-                tracing::warn!(wanted = more, freed, "the disk limit left no choice: a build waited for garbage collection");
+                tracing::warn!(
+                    wanted = more,
+                    freed,
+                    "the disk limit left no choice: a build waited for garbage collection"
+                );
                 if freed == 0 { Err(error) } else { reservation.grow(more) }
             }
             other => other,

@@ -34,7 +34,11 @@ impl Trash {
         match fs::rename(path, &target) {
             Ok(()) => {
                 store.ledger.transfer(area, Area::Trash, bytes);
-                self.0.lock().push_back(Item { name, epoch: writing.epoch(), bytes });
+                self.0.lock().push_back(Item {
+                    name,
+                    epoch: writing.epoch(),
+                    bytes,
+                });
                 drop(writing);
                 store.keeper.wake();
                 Ok(())
@@ -56,7 +60,11 @@ impl Trash {
             let bytes = crate::ledger::disk_usage(&entry.path())?;
             store.ledger.add(Area::Trash, bytes);
             let name = entry.file_name().to_string_lossy().into_owned();
-            self.0.lock().push_back(Item { name, epoch: writing.epoch(), bytes });
+            self.0.lock().push_back(Item {
+                name,
+                epoch: writing.epoch(),
+                bytes,
+            });
         }
         Ok(())
     }

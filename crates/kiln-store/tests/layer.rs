@@ -1,5 +1,7 @@
 //! Layers as archives: what is applied comes out again, and hostile archives stay inside.
 
+#![allow(clippy::unwrap_used)]
+
 use std::io::{Read, Write};
 use std::os::unix::fs::MetadataExt;
 use std::process::Command;

@@ -1,5 +1,7 @@
 //! Writing over a view: the options of file actions, and random actions against a real overlay mount.
 
+#![allow(clippy::unwrap_used)]
+
 use std::collections::BTreeMap;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
@@ -763,7 +765,7 @@ fn acts() -> impl proptest::strategy::Strategy<Value = Vec<Act>> {
 }
 
 proptest::proptest! {
-    #![proptest_config(proptest::test_runner::Config { cases: 120, ..Default::default() })]
+    #![proptest_config(proptest::test_runner::Config { cases: 40, ..Default::default() })]
 
     /// Three rounds of random actions, each a new layer: the stack shows what a real overlay shows after the same
     /// actions, by the view and by mounting the written trees; and archive and back changes nothing.

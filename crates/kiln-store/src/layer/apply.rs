@@ -75,7 +75,6 @@ pub fn apply(input: impl Read + Send, out: TreeBuilder, options: &ApplyOptions<'
             let mut layer = Layer::new(&out, options.lower, writers)?;
             let mut archive = TarReader::new(&mut stream);
             layer.members(&mut archive, stop)?;
-            drop(archive);
             // What follows the archive belongs to the hashed stream; the hashing thread must not be left waiting.
             io::copy(&mut stream, &mut io::sink()).map_err(read_error)?;
             writers.wait()?;
