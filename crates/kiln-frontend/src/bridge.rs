@@ -21,6 +21,8 @@ pub struct BridgeError {
     pub kind: BridgeErrorKind,
     /// The sentence.
     pub message: String,
+    /// Whether it already points into a text of the user.
+    pub located: bool,
     /// The daemon's own error, for it to find again with `downcast_ref`.
     #[source]
     pub source: Option<Arc<dyn std::error::Error + Send + Sync>>,
@@ -42,11 +44,7 @@ pub enum BridgeErrorKind {
 impl BridgeError {
     /// An error of kind [`BridgeErrorKind::Other`].
     pub fn new(message: impl Into<String>) -> Self {
-        Self {
-            kind: BridgeErrorKind::Other,
-            message: message.into(),
-            source: None,
-        }
+        Self { kind: BridgeErrorKind::Other, message: message.into(), located: false, source: None }
     }
 
     /// The same error with another kind.
@@ -125,11 +123,7 @@ pub struct FrontendResult<R> {
 
 impl<R> Default for FrontendResult<R> {
     fn default() -> Self {
-        Self {
-            refs: ResultRefs::Single(None),
-            metadata: BTreeMap::new(),
-            attestations: BTreeMap::new(),
-        }
+        Self { refs: ResultRefs::Single(None), metadata: BTreeMap::new(), attestations: BTreeMap::new() }
     }
 }
 
@@ -237,6 +231,19 @@ pub struct FileStat {
     pub mod_time: i64,
     /// Target of a symbolic link.
     pub linkname: String,
+}
+
+impl FileStat {
+    /// Whether it is a directory.
+    pub fn is_dir(&self) -> bool {
+        self.mode & (1 << 31) != 0
+    }
+
+    /// Whether it is a regular file: none of the bits for other types is set.
+    pub fn is_regular(&self) -> bool {
+        const TYPES: u32 = 1 << 31 | 1 << 27 | 1 << 26 | 1 << 25 | 1 << 24 | 1 << 21 | 1 << 19;
+        self.mode & TYPES == 0
+    }
 }
 
 /// A finding to show to the user, usually a lint rule (LLBBridge.Warn).

@@ -91,6 +91,12 @@ impl From<BridgeError> for DockerfileError {
     }
 }
 
+impl From<String> for DockerfileError {
+    fn from(message: String) -> Self {
+        Self::new(message)
+    }
+}
+
 /// Adds places and context to results of this room.
 pub(crate) trait Located<T> {
     /// Adds a location to the error.

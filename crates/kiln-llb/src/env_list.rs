@@ -35,6 +35,16 @@ impl EnvList {
         }
     }
 
+    /// How many variables are set.
+    pub fn len(&self) -> usize {
+        self.values.len()
+    }
+
+    /// Whether none is set.
+    pub fn is_empty(&self) -> bool {
+        self.values.is_empty()
+    }
+
     /// Names and values, the last assigned one last.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
         let mut all: Vec<_> = self.values.iter().collect();

@@ -68,7 +68,8 @@ impl DirectiveReader {
     }
 }
 
-fn name_and_value(text: &[u8]) -> Option<(String, String)> {
+/// Name and value of a text of the form `name=value` whose name is that of a directive.
+pub(crate) fn name_and_value(text: &[u8]) -> Option<(String, String)> {
     let text = lossy(text);
     let text = text.trim_start();
     let name_len = text.bytes().take_while(u8::is_ascii_alphanumeric).count();

@@ -125,6 +125,11 @@ impl Flags {
             .unwrap_or_default()
     }
 
+    /// The value of a text flag, `None` when absent.
+    pub fn given_text(&self, name: &str) -> Option<&str> {
+        self.given.iter().find(|(known, _)| *known == name).map(|(_, value)| value.as_str())
+    }
+
     /// The value of a boolean flag, `None` when absent.
     pub fn bool(&self, name: &str) -> Option<bool> {
         self.given
