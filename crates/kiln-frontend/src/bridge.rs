@@ -44,7 +44,12 @@ pub enum BridgeErrorKind {
 impl BridgeError {
     /// An error of kind [`BridgeErrorKind::Other`].
     pub fn new(message: impl Into<String>) -> Self {
-        Self { kind: BridgeErrorKind::Other, message: message.into(), located: false, source: None }
+        Self {
+            kind: BridgeErrorKind::Other,
+            message: message.into(),
+            located: false,
+            source: None,
+        }
     }
 
     /// The same error with another kind.
@@ -123,7 +128,11 @@ pub struct FrontendResult<R> {
 
 impl<R> Default for FrontendResult<R> {
     fn default() -> Self {
-        Self { refs: ResultRefs::Single(None), metadata: BTreeMap::new(), attestations: BTreeMap::new() }
+        Self {
+            refs: ResultRefs::Single(None),
+            metadata: BTreeMap::new(),
+            attestations: BTreeMap::new(),
+        }
     }
 }
 

@@ -33,7 +33,9 @@ pub struct DockerfileFrontend {
 
 impl Default for DockerfileFrontend {
     fn default() -> Self {
-        Self { serve_official_syntax: true }
+        Self {
+            serve_official_syntax: true,
+        }
     }
 }
 
@@ -60,12 +62,18 @@ impl<B: Bridge> Frontend<B> for DockerfileFrontend {
         }
         if let Some(request) = client.options.attr("requestid") {
             let metadata = subrequest::answer(&client, &entrypoint, request, labs).await?;
-            return Ok(FrontendResult { metadata, ..FrontendResult::default() });
+            return Ok(FrontendResult {
+                metadata,
+                ..FrontendResult::default()
+            });
         }
         let file = entrypoint.file.clone();
         build(&client, &entrypoint, labs)
             .await
-            .map_err(|error| FrontendError::Dockerfile { error, file: Some(file) })
+            .map_err(|error| FrontendError::Dockerfile {
+                error,
+                file: Some(file),
+            })
     }
 }
 
@@ -121,7 +129,10 @@ fn is_official(source: &str) -> bool {
 /// Whether a syntax image is of the labs channel, where unfinished features are allowed.
 fn is_labs(source: &str) -> bool {
     let reference = source.split(' ').next().unwrap_or_default();
-    let tag = ImageRef::parse(reference).ok().and_then(|r| r.tag().map(str::to_owned)).unwrap_or_default();
+    let tag = ImageRef::parse(reference)
+        .ok()
+        .and_then(|r| r.tag().map(str::to_owned))
+        .unwrap_or_default();
     tag == "labs" || tag.ends_with("-labs")
 }
 
@@ -174,7 +185,10 @@ async fn build<B: Bridge>(
         platforms => platforms.iter().cloned().map(Some).collect(),
     };
     let built = try_join_all(
-        wanted.into_iter().enumerate().map(|(i, platform)| build_one(client, entrypoint, labs, platform, i == 0)),
+        wanted
+            .into_iter()
+            .enumerate()
+            .map(|(i, platform)| build_one(client, entrypoint, labs, platform, i == 0)),
     )
     .await?;
     Ok(result_of(built, client.options.multi_platform))
@@ -189,7 +203,11 @@ async fn build_one<B: Bridge>(
 ) -> Result<Built<B::Ref>, DockerfileError> {
     let options = lint_options(&client.options, &entrypoint.file.data)?;
     // Findings do not depend on the platform; one conversion reports them.
-    let linter = if reports { Linter::new(options) } else { Linter::silent() };
+    let linter = if reports {
+        Linter::new(options)
+    } else {
+        Linter::silent()
+    };
     let request = Request {
         file: entrypoint.file.clone(),
         platform: platform.clone(),
@@ -222,7 +240,12 @@ async fn build_one<B: Bridge>(
         }
         platform = platform.normalized();
     }
-    Ok(Built { id, platform, reference, converted })
+    Ok(Built {
+        id,
+        platform,
+        reference,
+        converted,
+    })
 }
 
 /// Shows what lint found. A daemon that takes no warnings loses nothing else.
@@ -256,13 +279,29 @@ fn result_of<R>(built: Vec<Built<R>>, multi_platform: bool) -> FrontendResult<R>
         #[serde(rename = "Platforms")]
         platforms: Vec<Entry<'a>>,
     }
-    let platforms = built.iter().map(|b| Entry { id: &b.id, platform: &b.platform }).collect();
+    let platforms = built
+        .iter()
+        .map(|b| Entry {
+            id: &b.id,
+            platform: &b.platform,
+        })
+        .collect();
     let list = go_json::to_vec(&Platforms { platforms }).unwrap_or_default();
     let mut metadata = BTreeMap::from([("refs.platforms".to_owned(), Bytes::from(list))]);
     let mut refs = Vec::with_capacity(built.len());
-    for Built { id, reference, converted, .. } in built {
+    for Built {
+        id,
+        reference,
+        converted,
+        ..
+    } in built
+    {
         let mut put = |key: &str, value: Vec<u8>| {
-            let key = if multi_platform { format!("{key}/{id}") } else { key.to_owned() };
+            let key = if multi_platform {
+                format!("{key}/{id}")
+            } else {
+                key.to_owned()
+            };
             metadata.insert(key, value.into());
         };
         put("containerimage.config", converted.image.to_json());
@@ -279,5 +318,9 @@ fn result_of<R>(built: Vec<Built<R>>, multi_platform: bool) -> FrontendResult<R>
     } else {
         ResultRefs::Single(refs.into_iter().next().and_then(|(_, r)| r))
     };
-    FrontendResult { refs, metadata, attestations: BTreeMap::new() }
+    FrontendResult {
+        refs,
+        metadata,
+        attestations: BTreeMap::new(),
+    }
 }

@@ -76,7 +76,10 @@ impl GitUrl {
         let (rest, query) = rest.split_once('?').unwrap_or((rest, ""));
         let (authority, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
         let host = authority.rsplit_once('@').map_or(authority, |(_, host)| host);
-        let port = host.rsplit_once(':').filter(|_| !host.ends_with(']')).map_or("", |(_, port)| port);
+        let port = host
+            .rsplit_once(':')
+            .filter(|_| !host.ends_with(']'))
+            .map_or("", |(_, port)| port);
         if !port.bytes().all(|b| b.is_ascii_digit()) || host.contains(' ') {
             return None;
         }
@@ -97,9 +100,8 @@ impl GitUrl {
         }
         let (user, rest) = text.split_once('@')?;
         let (host, rest) = rest.split_once(':')?;
-        let word = |s: &str, extra: &[u8]| {
-            !s.is_empty() && s.bytes().all(|b| b.is_ascii_alphanumeric() || extra.contains(&b))
-        };
+        let word =
+            |s: &str, extra: &[u8]| !s.is_empty() && s.bytes().all(|b| b.is_ascii_alphanumeric() || extra.contains(&b));
         if !word(user, b"-_") || !word(host, b"-.") {
             return None;
         }
@@ -127,7 +129,11 @@ pub(crate) fn detect(text: &str) -> Detected {
         return Detected::Other;
     }
     let looks_local = text.starts_with("github.com/");
-    let url = if looks_local { GitUrl::from_parts("https".to_owned(), text) } else { GitUrl::parse(text) };
+    let url = if looks_local {
+        GitUrl::from_parts("https".to_owned(), text)
+    } else {
+        GitUrl::parse(text)
+    };
     let Some(url) = url else { return Detected::Other };
     if !looks_local && matches!(url.scheme.as_str(), "http" | "https") && !url.path.ends_with(".git") {
         return Detected::Other;
@@ -135,11 +141,20 @@ pub(crate) fn detect(text: &str) -> Detected {
     let (reference, subdir) = url.fragment.split_once(':').unwrap_or((&url.fragment, ""));
     let subdir = clean_path(&format!("/{subdir}")).trim_start_matches('/').to_owned();
     let remote = if looks_local {
-        url.remote.split_once("://").map_or(url.remote.as_str(), |(_, rest)| rest).to_owned()
+        url.remote
+            .split_once("://")
+            .map_or(url.remote.as_str(), |(_, rest)| rest)
+            .to_owned()
     } else {
         url.remote.clone()
     };
-    let mut git = GitRef { remote, reference: reference.to_owned(), subdir, looks_local, ..GitRef::default() };
+    let mut git = GitRef {
+        remote,
+        reference: reference.to_owned(),
+        subdir,
+        looks_local,
+        ..GitRef::default()
+    };
     match git.read_query(&url.query) {
         Ok(()) => Detected::Git(Box::new(git)),
         Err(message) => Detected::Invalid(message),
@@ -202,7 +217,11 @@ fn agree(what: &str, known: &mut String, value: &str) -> Result<(), String> {
 }
 
 fn prefixed(prefix: &str, value: &str) -> String {
-    if value.starts_with(prefix) { value.to_owned() } else { format!("{prefix}{value}") }
+    if value.starts_with(prefix) {
+        value.to_owned()
+    } else {
+        format!("{prefix}{value}")
+    }
 }
 
 /// Keys and values of a query; malformed pairs are left out.
@@ -276,13 +295,19 @@ mod tests {
         for (text, want) in [
             ("https://h/a/b.git", "https://h/a/b.git :"),
             ("https://h/a/b.git#v1:sub/../x", "https://h/a/b.git v1:x"),
-            ("https://u:p@h:8443/b.git?ref=x&subdir=d", "https://u:p@h:8443/b.git x:d"),
+            (
+                "https://u:p@h:8443/b.git?ref=x&subdir=d",
+                "https://u:p@h:8443/b.git x:d",
+            ),
             ("git://h/b", "git://h/b :"),
             ("ssh://git@h/b", "ssh://git@h/b :"),
             ("git@h.com:a/b.git#x", "git@h.com:a/b.git x:"),
             ("git@h.com:a?tag=v1", "git@h.com:a refs/tags/v1:"),
             ("github.com/a/b#x", "github.com/a/b x: local?"),
-            ("https://h/a.git?keep-git-dir&commit=abc", "https://h/a.git : =abc keep=true"),
+            (
+                "https://h/a.git?keep-git-dir&commit=abc",
+                "https://h/a.git : =abc keep=true",
+            ),
             ("https://h/a", "other"),
             ("https://h/a.tar.gz#x.git", "other"),
             ("./git@h:a", "other"),
@@ -294,11 +319,17 @@ mod tests {
             ("https://h/a.git?ref=a&ref=b", "! query \"ref\" has multiple values"),
             ("https://h/a.git?ref=a#b", "! ref conflicts: \"b\" vs \"a\""),
             ("https://h/a.git?branch=a&tag=b", "! branch conflicts with tag"),
-            ("https://h/a.git?mtime=x", "! invalid mtime value: \"x\" (must be \"checkout\" or \"commit\")"),
+            (
+                "https://h/a.git?mtime=x",
+                "! invalid mtime value: \"x\" (must be \"checkout\" or \"commit\")",
+            ),
         ] {
             assert_eq!(show(text), want, "{text}");
         }
-        assert_eq!(GitUrl::parse("git@h.com:a/b.git").map(|u| u.identity()), Some("h.com/a/b.git".into()));
+        assert_eq!(
+            GitUrl::parse("git@h.com:a/b.git").map(|u| u.identity()),
+            Some("h.com/a/b.git".into())
+        );
         assert_eq!(url_file_name("https://h/a/b%20c.tgz?x=/y"), Some("b c.tgz".into()));
         assert_eq!(url_file_name("https://h/"), None);
         assert_eq!(url_file_name("https://h"), None);

@@ -29,10 +29,18 @@ pub struct Image {
     #[serde(deserialize_with = "null")]
     pub os: String,
     /// Version of the operating system.
-    #[serde(rename = "os.version", skip_serializing_if = "String::is_empty", deserialize_with = "null")]
+    #[serde(
+        rename = "os.version",
+        skip_serializing_if = "String::is_empty",
+        deserialize_with = "null"
+    )]
     pub os_version: String,
     /// Features of the operating system.
-    #[serde(rename = "os.features", skip_serializing_if = "Vec::is_empty", deserialize_with = "null")]
+    #[serde(
+        rename = "os.features",
+        skip_serializing_if = "Vec::is_empty",
+        deserialize_with = "null"
+    )]
     pub os_features: Vec<String>,
     /// Variant of the architecture.
     #[serde(skip_serializing_if = "String::is_empty", deserialize_with = "null")]

@@ -122,7 +122,11 @@ impl BuildOptions {
         if attrs.get("override-copy-image").is_some_and(|v| !v.is_empty()) {
             return Err("support for \"override-copy-image\" was removed in BuildKit 0.11".to_owned());
         }
-        if attrs.get("build-arg:BUILDKIT_DISABLE_FILEOP").and_then(|v| parse_bool(v)) == Some(true) {
+        if attrs
+            .get("build-arg:BUILDKIT_DISABLE_FILEOP")
+            .and_then(|v| parse_bool(v))
+            == Some(true)
+        {
             let what = "support for \"BUILDKIT_DISABLE_FILEOP\" build-arg was removed in BuildKit 0.11";
             return Err(what.to_owned());
         }
@@ -144,8 +148,7 @@ impl BuildOptions {
             size => parse_int(size, i64::MIN, i64::MAX).map_err(|e| format!("failed to parse shm size: {e}"))?,
         };
         let ulimits = ulimits(&text(&attrs, "ulimit")).map_err(|e| format!("failed to parse ulimit: {e}"))?;
-        let linux_resources =
-            linux_resources(&attrs).map_err(|e| format!("failed to parse resource limits: {e}"))?;
+        let linux_resources = linux_resources(&attrs).map_err(|e| format!("failed to parse resource limits: {e}"))?;
         let network = match text(&attrs, "force-network-mode").as_str() {
             "" | "sandbox" => NetMode::Unset,
             "host" => NetMode::Host,
@@ -156,16 +159,18 @@ impl BuildOptions {
             "" => Vec::new(),
             list => list.split(',').map(str::to_owned).collect(),
         });
-        for (from, to) in
-            [("build-arg:BUILDKIT_MULTI_PLATFORM", "multi-platform"), ("build-arg:BUILDKIT_SANDBOX_HOSTNAME", "hostname")]
-        {
+        for (from, to) in [
+            ("build-arg:BUILDKIT_MULTI_PLATFORM", "multi-platform"),
+            ("build-arg:BUILDKIT_SANDBOX_HOSTNAME", "hostname"),
+        ] {
             if let Some(value) = attrs.get(from).filter(|v| !v.is_empty()).cloned() {
                 attrs.insert(to.to_owned(), value);
             }
         }
         let mut multi_platform = platforms.len() > 1;
         if let Some(value) = attrs.get("multi-platform").filter(|v| !v.is_empty()) {
-            let wanted = parse_bool(value).ok_or_else(|| format!("invalid boolean value for multi-platform: {value}"))?;
+            let wanted =
+                parse_bool(value).ok_or_else(|| format!("invalid boolean value for multi-platform: {value}"))?;
             if !wanted && multi_platform {
                 return Err("conflicting config: returning multiple target platforms is not allowed".to_owned());
             }
@@ -221,11 +226,15 @@ impl BuildOptions {
 /// All attributes whose name starts with `prefix`, without it.
 fn with_prefix(attrs: &Attrs, prefix: &str) -> Attrs {
     let range = attrs.range(prefix.to_owned()..);
-    range.map_while(|(key, value)| Some((key.strip_prefix(prefix)?.to_owned(), value.clone()))).collect()
+    range
+        .map_while(|(key, value)| Some((key.strip_prefix(prefix)?.to_owned(), value.clone())))
+        .collect()
 }
 
 fn target_platform(text: &str) -> Result<Platform, String> {
-    let parsed: Platform = text.parse().map_err(|e| format!("failed to parse target platform {text}: {e}"))?;
+    let parsed: Platform = text
+        .parse()
+        .map_err(|e| format!("failed to parse target platform {text}: {e}"))?;
     Ok(parsed.normalized())
 }
 
@@ -235,18 +244,36 @@ fn extra_hosts(list: &str) -> Result<Vec<HostIp>, String> {
     }
     let host = |field: String| {
         let lower = field.to_lowercase();
-        let (host, ip) = lower.split_once('=').ok_or_else(|| format!("invalid key-value pair {field}"))?;
+        let (host, ip) = lower
+            .split_once('=')
+            .ok_or_else(|| format!("invalid key-value pair {field}"))?;
         let ip: std::net::IpAddr = ip.parse().map_err(|_| format!("failed to parse IP {ip}"))?;
         // A v4 address in v6 clothes is shown as what it is.
         let ip = ip.to_canonical();
-        Ok(HostIp { host: host.to_owned(), ip: ip.to_string() })
+        Ok(HostIp {
+            host: host.to_owned(),
+            ip: ip.to_string(),
+        })
     };
     csv_fields(list)?.into_iter().map(host).collect()
 }
 
 const ULIMITS: &[&str] = &[
-    "core", "cpu", "data", "fsize", "locks", "memlock", "msgqueue", "nice", "nofile", "nproc", "rss", "rtprio",
-    "rttime", "sigpending", "stack",
+    "core",
+    "cpu",
+    "data",
+    "fsize",
+    "locks",
+    "memlock",
+    "msgqueue",
+    "nice",
+    "nofile",
+    "nproc",
+    "rss",
+    "rtprio",
+    "rttime",
+    "sigpending",
+    "stack",
 ];
 
 fn ulimits(list: &str) -> Result<Vec<Ulimit>, String> {
@@ -257,7 +284,9 @@ fn ulimits(list: &str) -> Result<Vec<Ulimit>, String> {
 }
 
 fn ulimit(field: &str) -> Result<Ulimit, String> {
-    let (name, limits) = field.split_once('=').ok_or_else(|| format!("invalid ulimit argument: {field}"))?;
+    let (name, limits) = field
+        .split_once('=')
+        .ok_or_else(|| format!("invalid ulimit argument: {field}"))?;
     if !ULIMITS.contains(&name) {
         return Err(format!("invalid ulimit type: {name}"));
     }
@@ -281,7 +310,11 @@ fn ulimit(field: &str) -> Result<Ulimit, String> {
         (soft, hard) if soft > hard => return Err(format!("{rule}: {soft} > {hard}")),
         _ => {}
     }
-    Ok(Ulimit { name: name.to_owned(), soft, hard })
+    Ok(Ulimit {
+        name: name.to_owned(),
+        soft,
+        hard,
+    })
 }
 
 fn linux_resources(attrs: &Attrs) -> Result<Option<LinuxResources>, String> {
@@ -361,7 +394,10 @@ fn cache_imports(attrs: &Attrs) -> Result<Vec<CacheImport>, String> {
         let entries: Option<Vec<Entry>> = serde_json::from_str(text)
             .map_err(|e| format!("failed to unmarshal cache-imports ({}): {e}", quote(text)))?;
         let entries = entries.unwrap_or_default().into_iter();
-        imports.extend(entries.map(|e| CacheImport { kind: e.r#type, attrs: e.attrs.unwrap_or_default() }));
+        imports.extend(entries.map(|e| CacheImport {
+            kind: e.r#type,
+            attrs: e.attrs.unwrap_or_default(),
+        }));
     }
     if let Some(list) = attrs.get("cache-from").filter(|t| !t.is_empty()) {
         imports.extend(list.split(',').map(|reference| CacheImport {
@@ -375,7 +411,9 @@ fn cache_imports(attrs: &Attrs) -> Result<Vec<CacheImport>, String> {
 fn sbom(attrs: &Attrs) -> Result<Option<SbomOptions>, String> {
     let mut wanted: BTreeMap<String, &str> = BTreeMap::new();
     for (key, value) in attrs {
-        let kind = key.strip_prefix("attest:").or_else(|| key.strip_prefix("build-arg:BUILDKIT_ATTEST_"));
+        let kind = key
+            .strip_prefix("attest:")
+            .or_else(|| key.strip_prefix("build-arg:BUILDKIT_ATTEST_"));
         if let Some(kind) = kind {
             wanted.insert(kind.to_lowercase(), value);
         }
@@ -401,7 +439,10 @@ fn sbom(attrs: &Attrs) -> Result<Option<SbomOptions>, String> {
                 }
                 let image = ImageRef::parse(&generator)
                     .map_err(|e| format!("failed to parse sbom scanner {generator}: {e}"))?;
-                found = Some(SbomOptions { generator: image.or_latest().to_string(), parameters });
+                found = Some(SbomOptions {
+                    generator: image.or_latest().to_string(),
+                    parameters,
+                });
             }
             "provenance" => {}
             other => return Err(format!("unknown attestation type {}", quote(other))),
@@ -433,16 +474,38 @@ mod tests {
             ("no-cache", "One,two"),
         ])
         .unwrap();
-        assert_eq!(o.platforms.iter().map(Platform::id).collect::<Vec<_>>(), ["linux/arm/v7", "linux/amd64"]);
+        assert_eq!(
+            o.platforms.iter().map(Platform::id).collect::<Vec<_>>(),
+            ["linux/arm/v7", "linux/amd64"]
+        );
         assert!(o.multi_platform);
-        assert_eq!((o.hostname.as_str(), o.labels.get("l").map(String::as_str)), ("box", Some("v")));
-        assert_eq!(o.extra_hosts[0], HostIp { host: "db".into(), ip: "10.0.0.1".into() });
-        assert_eq!(o.ulimits[1], Ulimit { name: "core".into(), soft: -1, hard: -1 });
+        assert_eq!(
+            (o.hostname.as_str(), o.labels.get("l").map(String::as_str)),
+            ("box", Some("v"))
+        );
+        assert_eq!(
+            o.extra_hosts[0],
+            HostIp {
+                host: "db".into(),
+                ip: "10.0.0.1".into()
+            }
+        );
+        assert_eq!(
+            o.ulimits[1],
+            Ulimit {
+                name: "core".into(),
+                soft: -1,
+                hard: -1
+            }
+        );
         assert_eq!(o.linux_resources.as_ref().map(|r| r.memory), Some(5));
         assert_eq!(o.cache_imports.len(), 3);
         assert!(o.ignores_cache_of("one") && !o.ignores_cache_of(""));
         assert!(parse(&[("no-cache", "")]).unwrap().ignores_cache_of(""));
-        assert_eq!(parse(&[("attest:sbom", "a=b")]).unwrap().sbom.unwrap().generator, "docker.io/docker/buildkit-syft-scanner:stable-1");
+        assert_eq!(
+            parse(&[("attest:sbom", "a=b")]).unwrap().sbom.unwrap().generator,
+            "docker.io/docker/buildkit-syft-scanner:stable-1"
+        );
     }
 
     #[test]
@@ -452,20 +515,56 @@ mod tests {
             ("multi-platform", "x", "invalid boolean value for multi-platform: x"),
             ("image-resolve-mode", "x", "invalid image-resolve-mode: x"),
             ("force-network-mode", "x", "invalid netmode x"),
-            ("add-hosts", "a", "failed to parse additional hosts: invalid key-value pair a"),
-            ("add-hosts", "a=b", "failed to parse additional hosts: failed to parse IP b"),
-            ("shm-size", "x", "failed to parse shm size: strconv.ParseInt: parsing \"x\": invalid syntax"),
+            (
+                "add-hosts",
+                "a",
+                "failed to parse additional hosts: invalid key-value pair a",
+            ),
+            (
+                "add-hosts",
+                "a=b",
+                "failed to parse additional hosts: failed to parse IP b",
+            ),
+            (
+                "shm-size",
+                "x",
+                "failed to parse shm size: strconv.ParseInt: parsing \"x\": invalid syntax",
+            ),
             ("ulimit", "x", "failed to parse ulimit: invalid ulimit argument: x"),
             ("ulimit", "x=1", "failed to parse ulimit: invalid ulimit type: x"),
-            ("memory", "0", "failed to parse resource limits: invalid memory value: 0: must be > 0"),
-            ("memswap", "0", "failed to parse resource limits: invalid memswap value: 0: must be -1 (unlimited) or > 0"),
-            ("cpusetcpus", "3-1", "failed to parse resource limits: invalid cpusetcpus value: 3-1: invalid cpuset range \"3-1\""),
+            (
+                "memory",
+                "0",
+                "failed to parse resource limits: invalid memory value: 0: must be > 0",
+            ),
+            (
+                "memswap",
+                "0",
+                "failed to parse resource limits: invalid memswap value: 0: must be -1 (unlimited) or > 0",
+            ),
+            (
+                "cpusetcpus",
+                "3-1",
+                "failed to parse resource limits: invalid cpusetcpus value: 3-1: invalid cpuset range \"3-1\"",
+            ),
             ("cache-imports", "x", "failed to unmarshal cache-imports (\"x\"): "),
             ("attest:foo", "", "unknown attestation type \"foo\""),
             ("attest:sbom", "generator=A", "failed to parse sbom scanner A: "),
-            ("override-copy-image", "x", "support for \"override-copy-image\" was removed in BuildKit 0.11"),
-            ("build-arg:BUILDKIT_DISABLE_FILEOP", "1", "support for \"BUILDKIT_DISABLE_FILEOP\" build-arg was removed in BuildKit 0.11"),
-            ("build-arg:BUILDKIT_DOCKERFILE_CHECK", "x", "failed to parse build-arg:BUILDKIT_DOCKERFILE_CHECK: invalid check option \"x\""),
+            (
+                "override-copy-image",
+                "x",
+                "support for \"override-copy-image\" was removed in BuildKit 0.11",
+            ),
+            (
+                "build-arg:BUILDKIT_DISABLE_FILEOP",
+                "1",
+                "support for \"BUILDKIT_DISABLE_FILEOP\" build-arg was removed in BuildKit 0.11",
+            ),
+            (
+                "build-arg:BUILDKIT_DOCKERFILE_CHECK",
+                "x",
+                "failed to parse build-arg:BUILDKIT_DOCKERFILE_CHECK: invalid check option \"x\"",
+            ),
         ] {
             let error = parse(&[(key, value)]).unwrap_err();
             assert!(error.starts_with(message), "{error}");

@@ -59,9 +59,16 @@ struct Node {
 enum Kind {
     Source(SourceOp),
     Exec(Box<Process>),
-    File { base: Option<Output>, dir: String, steps: Vec<FileStep> },
+    File {
+        base: Option<Output>,
+        dir: String,
+        steps: Vec<FileStep>,
+    },
     Merge(Vec<Output>),
-    Encoded { bytes: Bytes, inputs: Vec<Output> },
+    Encoded {
+        bytes: Bytes,
+        inputs: Vec<Output>,
+    },
     Late(Late),
 }
 
@@ -77,8 +84,17 @@ impl Late {
 
     /// A state on top of it. It must be decided before the state is written out; until then it counts as empty.
     pub fn state(&self) -> State {
-        let node = Node { kind: Kind::Late(self.clone()), about: Constraints::default() };
-        State { output: Some(Output { node: Arc::new(node), index: 0 }), around: Arc::default() }
+        let node = Node {
+            kind: Kind::Late(self.clone()),
+            about: Constraints::default(),
+        };
+        State {
+            output: Some(Output {
+                node: Arc::new(node),
+                index: 0,
+            }),
+            around: Arc::default(),
+        }
     }
 }
 
@@ -298,25 +314,39 @@ impl Owner {
         let half = |text: &str| match text {
             "" | "root" => OwnerId::Id(0),
             // Negative numbers wrap, as the wire has no sign here.
-            text => text.parse::<i32>().map_or_else(|_| OwnerId::Name(text.to_owned()), |n| OwnerId::Id(n as u32)),
+            text => text
+                .parse::<i32>()
+                .map_or_else(|_| OwnerId::Name(text.to_owned()), |n| OwnerId::Id(n as u32)),
         };
         let mut parts = text.splitn(2, ':');
-        Self { user: parts.next().map(half), group: parts.next().map(half) }
+        Self {
+            user: parts.next().map(half),
+            group: parts.next().map(half),
+        }
     }
 
     /// From numbers.
     pub fn ids(uid: u32, gid: u32) -> Self {
-        Self { user: Some(OwnerId::Id(uid)), group: Some(OwnerId::Id(gid)) }
+        Self {
+            user: Some(OwnerId::Id(uid)),
+            group: Some(OwnerId::Id(gid)),
+        }
     }
 
     fn resolve(&self, base: Option<InputIndex>) -> ChownOpt {
         let half = |half: &Option<OwnerId>| {
             half.as_ref().map(|half| match half {
-                OwnerId::Name(name) => UserOpt::ByName { name: name.clone(), input: base },
+                OwnerId::Name(name) => UserOpt::ByName {
+                    name: name.clone(),
+                    input: base,
+                },
                 OwnerId::Id(id) => UserOpt::ById(*id),
             })
         };
-        ChownOpt { user: half(&self.user), group: half(&self.group) }
+        ChownOpt {
+            user: half(&self.user),
+            group: half(&self.group),
+        }
     }
 }
 
@@ -330,9 +360,21 @@ impl State {
     pub fn source(op: SourceOp, mut about: Constraints) -> Self {
         crate::source_caps::add(&op, &mut about.caps);
         let platform = about.platform.as_ref().map(Platform::normalized);
-        let node = Node { kind: Kind::Source(op), about };
-        let around = Surroundings { platform, ..Surroundings::default() };
-        Self { output: Some(Output { node: Arc::new(node), index: 0 }), around: Arc::new(around) }
+        let node = Node {
+            kind: Kind::Source(op),
+            about,
+        };
+        let around = Surroundings {
+            platform,
+            ..Surroundings::default()
+        };
+        Self {
+            output: Some(Output {
+                node: Arc::new(node),
+                index: 0,
+            }),
+            around: Arc::new(around),
+        }
     }
 
     /// The result of a definition, operations and metadata as they are.
@@ -345,10 +387,13 @@ impl State {
             let digest = vertex_digest(bytes);
             let mut inputs = Vec::with_capacity(decoded.inputs.len());
             for input in &decoded.inputs {
-                let node: &Arc<Node> = nodes
-                    .get(&input.vertex)
-                    .ok_or_else(|| LlbError::MissingInput { vertex: input.vertex.to_string() })?;
-                inputs.push(Output { node: node.clone(), index: input.output });
+                let node: &Arc<Node> = nodes.get(&input.vertex).ok_or_else(|| LlbError::MissingInput {
+                    vertex: input.vertex.to_string(),
+                })?;
+                inputs.push(Output {
+                    node: node.clone(),
+                    index: input.output,
+                });
             }
             if decoded.op.is_none() || position + 1 == definition.ops.len() {
                 root = inputs.into_iter().next();
@@ -359,22 +404,39 @@ impl State {
             let locations = locations
                 .filter_map(|l| {
                     let file = files.get(usize::try_from(l.source_index).ok()?)?;
-                    Some(Location { file: file.clone(), ranges: l.ranges.clone() })
+                    Some(Location {
+                        file: file.clone(),
+                        ranges: l.ranges.clone(),
+                    })
                 })
                 .collect();
             let about = Constraints {
                 platform: None,
                 description: metadata.description,
                 ignore_cache: metadata.ignore_cache,
-                caps: metadata.caps.into_iter().filter(|(_, on)| *on).map(|(id, _)| id).collect(),
+                caps: metadata
+                    .caps
+                    .into_iter()
+                    .filter(|(_, on)| *on)
+                    .map(|(id, _)| id)
+                    .collect(),
                 progress_group: metadata.progress_group,
                 linux_resources: metadata.linux_resources,
                 locations,
             };
-            let node = Node { kind: Kind::Encoded { bytes: bytes.clone(), inputs }, about };
+            let node = Node {
+                kind: Kind::Encoded {
+                    bytes: bytes.clone(),
+                    inputs,
+                },
+                about,
+            };
             nodes.insert(digest, Arc::new(node));
         }
-        Ok(Self { output: root, around: Arc::default() })
+        Ok(Self {
+            output: root,
+            around: Arc::default(),
+        })
     }
 
     /// Whether the file system is empty for sure.
@@ -407,7 +469,11 @@ impl State {
     /// Sets the working directory; a relative one is below the present one.
     pub fn set_dir(&mut self, dir: &str) {
         let around = self.around_mut();
-        around.dir = if dir.starts_with('/') { dir.to_owned() } else { clean(&format!("/{}/{dir}", around.dir)) };
+        around.dir = if dir.starts_with('/') {
+            dir.to_owned()
+        } else {
+            clean(&format!("/{}/{dir}", around.dir))
+        };
     }
 
     /// Runs a process; the result is what it left of its root.
@@ -419,19 +485,36 @@ impl State {
                 ssh.target = format!("/run/buildkit/ssh_agent.{i}");
             }
         }
-        let process = Process { spec, root: self.output.clone(), around: self.around.clone() };
+        let process = Process {
+            spec,
+            root: self.output.clone(),
+            around: self.around.clone(),
+        };
         exec_caps(&process, &mut about);
         // The root is first whatever else is mounted, so its result is output 0.
-        let node = Node { kind: Kind::Exec(Box::new(process)), about };
-        self.with_output(Some(Output { node: Arc::new(node), index: 0 }))
+        let node = Node {
+            kind: Kind::Exec(Box::new(process)),
+            about,
+        };
+        self.with_output(Some(Output {
+            node: Arc::new(node),
+            index: 0,
+        }))
     }
 
     /// Changes files. Relative paths are below the working directory.
     #[must_use]
     pub fn file(&self, steps: Vec<FileStep>, mut about: Constraints) -> Self {
         about.need("file.base");
-        let kind = Kind::File { base: self.output.clone(), dir: self.around.dir.clone(), steps };
-        self.with_output(Some(Output { node: Arc::new(Node { kind, about }), index: 0 }))
+        let kind = Kind::File {
+            base: self.output.clone(),
+            dir: self.around.dir.clone(),
+            steps,
+        };
+        self.with_output(Some(Output {
+            node: Arc::new(Node { kind, about }),
+            index: 0,
+        }))
     }
 
     /// Lays `upper` over this file system; an empty one of the two vanishes.
@@ -443,25 +526,39 @@ impl State {
             [only] => Some(only.clone()),
             _ => {
                 about.need("mergeop");
-                Some(Output { node: Arc::new(Node { kind: Kind::Merge(inputs), about }), index: 0 })
+                Some(Output {
+                    node: Arc::new(Node {
+                        kind: Kind::Merge(inputs),
+                        about,
+                    }),
+                    index: 0,
+                })
             }
         };
         self.with_output(output)
     }
 
     fn with_output(&self, output: Option<Output>) -> Self {
-        Self { output, around: self.around.clone() }
+        Self {
+            output,
+            around: self.around.clone(),
+        }
     }
 
     /// This file system without its surroundings.
     #[must_use]
     pub fn bare(&self) -> Self {
-        Self { output: self.output.clone(), around: Arc::default() }
+        Self {
+            output: self.output.clone(),
+            around: Arc::default(),
+        }
     }
 
     /// Writes the file system out. `platform` is that of processes on file systems without one.
     pub fn marshal(&self, platform: Option<&Platform>) -> Result<Definition, LlbError> {
-        let Some(root) = self.output.as_ref().and_then(settle) else { return Ok(Definition::default()) };
+        let Some(root) = self.output.as_ref().and_then(settle) else {
+            return Ok(Definition::default());
+        };
         let host = Platform::host();
         let mut writer = Writer {
             platform: platform.unwrap_or(&host),
@@ -486,7 +583,13 @@ impl State {
             }
         }
         let digest = vertex_digest(&terminal);
-        writer.out.metadata.insert(digest, OpMetadata { caps, ..OpMetadata::default() });
+        writer.out.metadata.insert(
+            digest,
+            OpMetadata {
+                caps,
+                ..OpMetadata::default()
+            },
+        );
         writer.out.ops.push(terminal);
         writer.out.source_map.infos = writer.files.iter().map(|f| (**f).clone()).collect();
         Ok(writer.out)
@@ -513,7 +616,10 @@ fn exec_caps(process: &Process, about: &mut Constraints) {
     let when = [
         (!spec.ulimits.is_empty(), "exec.meta.ulimit"),
         (about.linux_resources.is_some(), "exec.meta.linux.resources"),
-        (spec.network.unwrap_or(process.around.network) != NetMode::Unset, "exec.meta.network"),
+        (
+            spec.network.unwrap_or(process.around.network) != NetMode::Unset,
+            "exec.meta.network",
+        ),
         (spec.security == SecurityMode::Insecure, "exec.meta.security"),
         (spec.proxy_env.is_some(), "exec.meta.proxyenv"),
         (process.root.is_some(), "exec.mount.bind"),
@@ -593,8 +699,13 @@ impl Writer<'_> {
         let vertex = self
             .edges
             .get(&Arc::as_ptr(&output.node))
-            .ok_or_else(|| LlbError::MissingInput { vertex: "of a file system that contains itself".to_owned() })?;
-        Ok(Edge { vertex: *vertex, output: output.index })
+            .ok_or_else(|| LlbError::MissingInput {
+                vertex: "of a file system that contains itself".to_owned(),
+            })?;
+        Ok(Edge {
+            vertex: *vertex,
+            output: output.index,
+        })
     }
 
     fn input(&self, output: Option<&Output>, inputs: &mut Inputs) -> Result<Option<InputIndex>, LlbError> {
@@ -643,7 +754,10 @@ impl Writer<'_> {
                 self.files.len() - 1
             });
             let source_index = i32::try_from(index).unwrap_or(i32::MAX);
-            list.push(SourceLocation { source_index, ranges: location.ranges.clone() });
+            list.push(SourceLocation {
+                source_index,
+                ranges: location.ranges.clone(),
+            });
         }
     }
 
@@ -663,7 +777,11 @@ impl Writer<'_> {
                 (Op::Source(op.clone()), platform)
             }
             Kind::Exec(process) => {
-                let platform = about.platform.as_ref().or(process.around.platform.as_ref()).unwrap_or(self.platform);
+                let platform = about
+                    .platform
+                    .as_ref()
+                    .or(process.around.platform.as_ref())
+                    .unwrap_or(self.platform);
                 (Op::Exec(self.exec(process, platform, inputs)?), Some(platform.clone()))
             }
             Kind::File { base, dir, steps } => (Op::File(self.file(base.as_ref(), dir, steps, inputs)?), None),
@@ -706,7 +824,10 @@ impl Writer<'_> {
         }
         let root_mount = MountSpec {
             target: "/".to_owned(),
-            source: State { output: root.clone(), around: Arc::default() },
+            source: State {
+                output: root.clone(),
+                around: Arc::default(),
+            },
             ..MountSpec::default()
         };
         let mut mounts = Vec::with_capacity(spec.mounts.len() + 1);
@@ -733,7 +854,11 @@ impl Writer<'_> {
         let mut secret_env = Vec::new();
         for secret in &spec.secrets {
             if let Some(name) = &secret.env {
-                secret_env.push(SecretEnv { id: secret.id.clone(), name: name.clone(), optional: secret.optional });
+                secret_env.push(SecretEnv {
+                    id: secret.id.clone(),
+                    name: name.clone(),
+                    optional: secret.optional,
+                });
             }
             if let Some(target) = &secret.target {
                 // Output 0 says nothing here; it is what clients have always sent for secrets and agent sockets.
@@ -805,16 +930,26 @@ impl Writer<'_> {
             let position = u32::try_from(i).unwrap_or(u32::MAX);
             let owner = |owner: &Option<Owner>| owner.as_ref().map(|o| o.resolve(base));
             let kind = match step {
-                FileStep::MkDir { path, mode, make_parents, owner: who, timestamp } => {
-                    FileActionKind::MkDir(MkDirAction {
-                        path: absolute(dir, path),
-                        mode: (mode & 0o777) as i32,
-                        make_parents: *make_parents,
-                        owner: owner(who),
-                        timestamp: *timestamp,
-                    })
-                }
-                FileStep::MkFile { path, mode, data, owner: who, timestamp } => FileActionKind::MkFile(MkFileAction {
+                FileStep::MkDir {
+                    path,
+                    mode,
+                    make_parents,
+                    owner: who,
+                    timestamp,
+                } => FileActionKind::MkDir(MkDirAction {
+                    path: absolute(dir, path),
+                    mode: (mode & 0o777) as i32,
+                    make_parents: *make_parents,
+                    owner: owner(who),
+                    timestamp: *timestamp,
+                }),
+                FileStep::MkFile {
+                    path,
+                    mode,
+                    data,
+                    owner: who,
+                    timestamp,
+                } => FileActionKind::MkFile(MkFileAction {
                     path: absolute(dir, path),
                     mode: (mode & 0o777) as i32,
                     data: data.clone(),
@@ -909,7 +1044,11 @@ fn take_outputs(kind: &mut Kind, into: &mut Vec<Output>) {
 
 /// `path` cleaned and below `dir` if it is relative.
 fn absolute(dir: &str, path: &str) -> String {
-    if path.starts_with('/') { clean(path) } else { clean(&format!("/{dir}/{path}")) }
+    if path.starts_with('/') {
+        clean(path)
+    } else {
+        clean(&format!("/{dir}/{path}"))
+    }
 }
 
 /// A trailing `/` or `/.` of a destination means something and survives cleaning.
@@ -946,7 +1085,10 @@ mod tests {
     use crate::Graph;
 
     fn image(name: &str) -> State {
-        let op = SourceOp { identifier: format!("docker-image://{name}"), attrs: BTreeMap::new() };
+        let op = SourceOp {
+            identifier: format!("docker-image://{name}"),
+            attrs: BTreeMap::new(),
+        };
         let platform = Platform::new("linux", "amd64", "");
         let mut state = State::source(op, Constraints::named(name).on(Some(platform)));
         state.around_mut().env.set("PATH", "/bin");
@@ -955,7 +1097,11 @@ mod tests {
     }
 
     fn run(state: &State, command: &str) -> State {
-        let spec = ExecSpec { args: vec![command.to_owned()], sets_default_path: true, ..ExecSpec::default() };
+        let spec = ExecSpec {
+            args: vec![command.to_owned()],
+            sets_default_path: true,
+            ..ExecSpec::default()
+        };
         state.run(spec, Constraints::named(command))
     }
 
@@ -963,8 +1109,18 @@ mod tests {
     fn a_definition_loads_again() {
         let base = image("base");
         let late = Late::default();
-        let copy = CopyAction { src: "a".into(), dest: "b/".into(), mode: -1, timestamp: -1, ..CopyAction::default() };
-        let step = FileStep::Copy { from: late.state(), copy: Box::new(copy), owner: Some(Owner::parse("me:5")) };
+        let copy = CopyAction {
+            src: "a".into(),
+            dest: "b/".into(),
+            mode: -1,
+            timestamp: -1,
+            ..CopyAction::default()
+        };
+        let step = FileStep::Copy {
+            from: late.state(),
+            copy: Box::new(copy),
+            owner: Some(Owner::parse("me:5")),
+        };
         let state = run(&base, "x").file(vec![step], Constraints::default());
         let state = run(&state, "y");
         late.set(&image("ctx"));
@@ -977,11 +1133,25 @@ mod tests {
             _ => None,
         });
         let file = file.unwrap();
-        assert_eq!((file.input, file.secondary_input, file.output), (Some(0), Some(1), Some(0)));
-        let FileActionKind::Copy(copy) = file.kind else { panic!("not a copy") };
+        assert_eq!(
+            (file.input, file.secondary_input, file.output),
+            (Some(0), Some(1), Some(0))
+        );
+        let FileActionKind::Copy(copy) = file.kind else {
+            panic!("not a copy")
+        };
         assert_eq!((copy.src.as_str(), copy.dest.as_str()), ("/a", "/b/"));
-        let by_name = UserOpt::ByName { name: "me".into(), input: Some(0) };
-        assert_eq!(copy.owner, Some(ChownOpt { user: Some(by_name), group: Some(UserOpt::ById(5)) }));
+        let by_name = UserOpt::ByName {
+            name: "me".into(),
+            input: Some(0),
+        };
+        assert_eq!(
+            copy.owner,
+            Some(ChownOpt {
+                user: Some(by_name),
+                group: Some(UserOpt::ById(5))
+            })
+        );
         let again = State::from_definition(&definition).unwrap().marshal(None).unwrap();
         assert_eq!(again, definition);
     }
@@ -993,7 +1163,11 @@ mod tests {
         let definition = a.merge(&b, Constraints::default()).marshal(None).unwrap();
         // image, exec, merge, terminal
         assert_eq!(definition.ops.len(), 4);
-        assert!(State::scratch().merge(&State::scratch(), Constraints::default()).is_scratch());
+        assert!(
+            State::scratch()
+                .merge(&State::scratch(), Constraints::default())
+                .is_scratch()
+        );
         assert!(State::scratch().marshal(None).unwrap().is_empty());
     }
 
@@ -1008,7 +1182,10 @@ mod tests {
 
     #[test]
     fn what_cannot_run_is_refused() {
-        let error = image("base").run(ExecSpec::default(), Constraints::default()).marshal(None).unwrap_err();
+        let error = image("base")
+            .run(ExecSpec::default(), Constraints::default())
+            .marshal(None)
+            .unwrap_err();
         assert_eq!(error.to_string(), "arguments are required");
     }
 

@@ -91,12 +91,18 @@ impl<'a, B: Bridge> BuildClient<'a, B> {
 
     /// The session that serves the client's directory `name`.
     pub(crate) fn session_of(&self, name: &str) -> &str {
-        self.options.attr(&format!("local-sessionid:{name}")).unwrap_or(&self.info.session_id)
+        self.options
+            .attr(&format!("local-sessionid:{name}"))
+            .unwrap_or(&self.info.session_id)
     }
 
     /// Solves a definition to its only result.
     pub(crate) async fn solve(&self, definition: Definition, evaluate: bool) -> Result<Option<B::Ref>, BridgeError> {
-        let request = SolveRequest { definition: Some(definition), evaluate, ..SolveRequest::default() };
+        let request = SolveRequest {
+            definition: Some(definition),
+            evaluate,
+            ..SolveRequest::default()
+        };
         Ok(self.bridge.solve(request).await?.into_single())
     }
 
@@ -106,8 +112,16 @@ impl<'a, B: Bridge> BuildClient<'a, B> {
         reference: &str,
         options: ResolveImageOptions,
     ) -> Result<ResolvedImage, BridgeError> {
-        let store = options.store.as_ref().map(|s| format!("{}/{}", s.session_id, s.store_id));
-        let query = (reference.to_owned(), options.platform.clone(), options.resolve_mode.clone(), store);
+        let store = options
+            .store
+            .as_ref()
+            .map(|s| format!("{}/{}", s.session_id, s.store_id));
+        let query = (
+            reference.to_owned(),
+            options.platform.clone(),
+            options.resolve_mode.clone(),
+            store,
+        );
         let slot = self.images.lock().await.entry(query).or_default().clone();
         let mut answer = slot.lock().await;
         match &*answer {
@@ -160,8 +174,14 @@ impl<'a, B: Bridge> BuildClient<'a, B> {
                 let about = Constraints::named("[internal] load remote build context");
                 let state = source::http(address, CONTEXT_FILE, "", about);
                 let definition = state.marshal(None).map_err(|e| DockerfileError::new(e.to_string()))?;
-                let reference = self.solve(definition, false).await.context("failed to resolve httpcontext")?;
-                let head = self.bridge.read_file(reference.as_ref(), CONTEXT_FILE, Some((0, 1024))).await;
+                let reference = self
+                    .solve(definition, false)
+                    .await
+                    .context("failed to resolve httpcontext")?;
+                let head = self
+                    .bridge
+                    .read_file(reference.as_ref(), CONTEXT_FILE, Some((0, 1024)))
+                    .await;
                 context.is_archive = source::is_archive(&head.context("failed to read downloaded context")?);
                 context.source = source_spec(&state);
                 context.reference = reference;
@@ -177,9 +197,9 @@ impl<'a, B: Bridge> BuildClient<'a, B> {
             Detected::Other if self.info.frontend_caps.contains("frontend.inputs") => {
                 let inputs = self.bridge.inputs().await.context("failed to get frontend inputs")?;
                 let input = |name: &str| match inputs.get(name) {
-                    Some(definition) => {
-                        State::from_definition(definition).map(Some).map_err(|e| DockerfileError::new(e.to_string()))
-                    }
+                    Some(definition) => State::from_definition(definition)
+                        .map(Some)
+                        .map_err(|e| DockerfileError::new(e.to_string())),
                     None => Ok(None),
                 };
                 if attr("dockerfilekey").is_none() {
@@ -202,7 +222,10 @@ impl<'a, B: Bridge> BuildClient<'a, B> {
         let is_default_name = base_name(filename) == DOCKERFILE;
         let lower = join_path(&dir_name(filename), &DOCKERFILE.to_lowercase());
         let ignore_name = format!("{filename}{IGNORE_FILE}");
-        let remote = context.dockerfile.clone().filter(|_| self.options.attr("dockerfilekey").is_none());
+        let remote = context
+            .dockerfile
+            .clone()
+            .filter(|_| self.options.attr("dockerfilekey").is_none());
         let state = remote.unwrap_or_else(|| {
             let mut follow = vec![filename.clone(), ignore_name.clone()];
             if is_default_name {
@@ -216,23 +239,34 @@ impl<'a, B: Bridge> BuildClient<'a, B> {
                 no_diff: true,
                 ..Local::default()
             };
-            local.state(Constraints::named(format!("[internal] load build definition from {filename}")))
+            local.state(Constraints::named(format!(
+                "[internal] load build definition from {filename}"
+            )))
         });
         let definition = state
             .marshal(None)
             .map_err(|e| DockerfileError::new(format!("failed to marshal local source: {e}")))?;
-        let vertex = definition.ops.len().checked_sub(2).and_then(|i| definition.ops.get(i)).map(|op| vertex_digest(op));
-        let reference = self.solve(definition.clone(), false).await.context("failed to resolve dockerfile")?;
+        let vertex = definition
+            .ops
+            .len()
+            .checked_sub(2)
+            .and_then(|i| definition.ops.get(i))
+            .map(|op| vertex_digest(op));
+        let reference = self
+            .solve(definition.clone(), false)
+            .await
+            .context("failed to resolve dockerfile")?;
         let reference = reference.as_ref();
         let text = match self.bridge.read_file(reference, filename, None).await {
-            Err(error) if is_default_name => {
-                self.bridge.read_file(reference, &lower, None).await.map_err(|_| error)
-            }
+            Err(error) if is_default_name => self.bridge.read_file(reference, &lower, None).await.map_err(|_| error),
             result => result,
         };
         let text = text.context("failed to read dockerfile")?;
         if let Ok(text) = self.bridge.read_file(reference, &ignore_name, None).await {
-            *self.ignore.lock().await = Some(IgnoreFile { name: ignore_name, text });
+            *self.ignore.lock().await = Some(IgnoreFile {
+                name: ignore_name,
+                text,
+            });
         }
         let file = SourceInfo {
             filename: filename.clone(),
@@ -240,7 +274,10 @@ impl<'a, B: Bridge> BuildClient<'a, B> {
             definition: Some(Box::new(definition)),
             language: DOCKERFILE.to_owned(),
         };
-        Ok(Entrypoint { file: Arc::new(file), vertex })
+        Ok(Entrypoint {
+            file: Arc::new(file),
+            vertex,
+        })
     }
 
     /// Patterns of the ignore file, none for contexts that are no directory of the client.
@@ -264,8 +301,15 @@ impl<'a, B: Bridge> BuildClient<'a, B> {
             let definition = state.marshal(None).map_err(|e| DockerfileError::new(e.to_string()))?;
             let reference = self.solve(definition, false).await?;
             // A context without the file is the normal case.
-            let text = self.bridge.read_file(reference.as_ref(), IGNORE_FILE, None).await.unwrap_or_default();
-            *known = Some(IgnoreFile { name: IGNORE_FILE.to_owned(), text });
+            let text = self
+                .bridge
+                .read_file(reference.as_ref(), IGNORE_FILE, None)
+                .await
+                .unwrap_or_default();
+            *known = Some(IgnoreFile {
+                name: IGNORE_FILE.to_owned(),
+                text,
+            });
         }
         let Some(file) = &*known else { return Ok(Vec::new()) };
         kiln_match::parse_ignore_file(&file.text)
@@ -278,7 +322,10 @@ impl<'a, B: Bridge> BuildClient<'a, B> {
         if let Some(state) = &context.state {
             return Ok(state.clone());
         }
-        let exclude = self.ignore_patterns().await.context("failed to read dockerignore patterns")?;
+        let exclude = self
+            .ignore_patterns()
+            .await
+            .context("failed to read dockerignore patterns")?;
         let local = Local {
             name: "context",
             session: self.session_of("context"),
@@ -302,5 +349,8 @@ impl<'a, B: Bridge> BuildClient<'a, B> {
 
 fn source_spec(state: &State) -> Option<SourceSpec> {
     let op = state.as_source()?;
-    Some(SourceSpec { identifier: op.identifier.clone(), attrs: op.attrs.clone() })
+    Some(SourceSpec {
+        identifier: op.identifier.clone(),
+        attrs: op.attrs.clone(),
+    })
 }

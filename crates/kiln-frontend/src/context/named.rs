@@ -50,7 +50,10 @@ impl PendingLocal {
             shared_key: &shared_key,
             no_diff: false,
         };
-        self.late.set(&local.state(Constraints::named(format!("[context {}] load from client", self.full_name))));
+        self.late.set(&local.state(Constraints::named(format!(
+            "[context {}] load from client",
+            self.full_name
+        ))));
     }
 }
 
@@ -67,7 +70,10 @@ pub(crate) struct Loaded {
 
 impl From<State> for Loaded {
     fn from(state: State) -> Self {
-        Self { state, ..Self::default() }
+        Self {
+            state,
+            ..Self::default()
+        }
     }
 }
 
@@ -85,7 +91,9 @@ impl NamedContext {
         let id = platform.map_or_else(|| Platform::host().id(), Platform::id);
         for full_name in [format!("{name}::{id}"), name.to_owned()] {
             if let Some(input) = options.attr(&format!("context:{full_name}")) {
-                let shared_key = options.attr(&format!("sharedkey:localdir:{full_name}")).unwrap_or_default();
+                let shared_key = options
+                    .attr(&format!("sharedkey:localdir:{full_name}"))
+                    .unwrap_or_default();
                 return Ok(Some(Self {
                     input: input.to_owned(),
                     name: name.to_owned(),
@@ -126,7 +134,10 @@ impl NamedContext {
         Ok(Ok(match scheme {
             "docker-image" => return self.load_image(client, rest.strip_prefix("//").unwrap_or(rest)).await,
             "git" | "http" | "https" => self.load_address(input, scheme)?,
-            "oci-layout" => self.load_layout(client, rest.strip_prefix("//").unwrap_or(rest)).await?,
+            "oci-layout" => {
+                self.load_layout(client, rest.strip_prefix("//").unwrap_or(rest))
+                    .await?
+            }
             "local" => self.load_local(client, rest).await?,
             "input" => self.load_input(client, rest).await?,
             other => {
@@ -148,7 +159,9 @@ impl NamedContext {
         if reference == "scratch" {
             return Ok(Ok(State::scratch().into()));
         }
-        let named = ImageRef::parse(reference).map_err(|e| DockerfileError::new(e.to_string()))?.or_latest();
+        let named = ImageRef::parse(reference)
+            .map_err(|e| DockerfileError::new(e.to_string()))?
+            .or_latest();
         let options = ResolveImageOptions {
             log_name: format!("[context {}] load metadata for {reference}", self.full_name),
             platform: self.platform.clone(),
@@ -174,7 +187,11 @@ impl NamedContext {
         let about = self.about(reference).on(self.platform.clone());
         let mut state = source::image(&resolved_ref, ResolveMode::Default, about);
         source::apply_config(&mut state, &image);
-        Ok(Ok(Loaded { state, image: Some(image), pending: None }))
+        Ok(Ok(Loaded {
+            state,
+            image: Some(image),
+            pending: None,
+        }))
     }
 
     fn load_address(&self, input: &str, scheme: &str) -> Result<Loaded, DockerfileError> {
@@ -184,39 +201,45 @@ impl NamedContext {
                 let about = Constraints::named(format!("[internal] load git source {input}"));
                 Ok(source::git(&git, git.keep_git_dir == Some(true), about).into())
             }
-            Detected::Other if scheme == "git" => {
-                Err(DockerfileError::new(format!("invalid git context {input}")))
-            }
+            Detected::Other if scheme == "git" => Err(DockerfileError::new(format!("invalid git context {input}"))),
             Detected::Other => Ok(source::http(input, CONTEXT_FILE, "", self.about(input)).into()),
         }
     }
 
-    async fn load_layout<B: Bridge>(
-        &self,
-        client: &BuildClient<'_, B>,
-        spec: &str,
-    ) -> Result<Loaded, DockerfileError> {
+    async fn load_layout<B: Bridge>(&self, client: &BuildClient<'_, B>, spec: &str) -> Result<Loaded, DockerfileError> {
         let (name, digest) = match spec.split_once('@') {
             Some((name, digest)) => (name, Some(digest)),
             None => (spec, None),
         };
         // A colon behind the last slash begins a tag; one before it belongs to a port.
-        let store = match name.rfind(':').filter(|&i| !name.get(i..).unwrap_or_default().contains('/')) {
+        let store = match name
+            .rfind(':')
+            .filter(|&i| !name.get(i..).unwrap_or_default().contains('/'))
+        {
             Some(i) => name.get(..i).unwrap_or_default(),
             None => name,
         };
-        let unreadable = |e: String| DockerfileError::new(format!("could not parse oci-layout reference {}: {e}", quote(spec)));
+        let unreadable =
+            |e: String| DockerfileError::new(format!("could not parse oci-layout reference {}: {e}", quote(spec)));
         if store.is_empty() {
             return Err(unreadable("invalid reference format".to_owned()));
         }
         let Some(digest) = digest else {
-            return Err(DockerfileError::new(format!("oci-layout reference {} has no digest", quote(spec))));
+            return Err(DockerfileError::new(format!(
+                "oci-layout reference {} has no digest",
+                quote(spec)
+            )));
         };
-        let digest = digest.parse().map_err(|_| unreadable("invalid reference format".to_owned()))?;
+        let digest = digest
+            .parse()
+            .map_err(|_| unreadable("invalid reference format".to_owned()))?;
         // The reference only names things here; what counts is the digest.
         let reference = ImageRef::parse(&self.name)
             .map_err(|e| {
-                DockerfileError::new(format!("could not parse oci-layout reference {}: {e}", quote(&self.name)))
+                DockerfileError::new(format!(
+                    "could not parse oci-layout reference {}: {e}",
+                    quote(&self.name)
+                ))
             })?
             .with_digest(digest)
             .to_string();
@@ -225,7 +248,10 @@ impl NamedContext {
             log_name: format!("[context {}] load metadata for {reference}", self.full_name),
             platform: self.platform.clone(),
             resolve_mode: String::new(),
-            store: Some(OciStore { session_id: session.clone(), store_id: store.to_owned() }),
+            store: Some(OciStore {
+                session_id: session.clone(),
+                store_id: store.to_owned(),
+            }),
         };
         let resolved = client.resolve_image(&reference, options).await?;
         let image = Image::parse(&resolved.config)
@@ -233,14 +259,14 @@ impl NamedContext {
         let about = self.about("OCI load from client").on(self.platform.clone());
         let mut state = source::oci_layout(&reference, &session, store, about);
         source::apply_config(&mut state, &image);
-        Ok(Loaded { state, image: Some(image), pending: None })
+        Ok(Loaded {
+            state,
+            image: Some(image),
+            pending: None,
+        })
     }
 
-    async fn load_local<B: Bridge>(
-        &self,
-        client: &BuildClient<'_, B>,
-        name: &str,
-    ) -> Result<Loaded, DockerfileError> {
+    async fn load_local<B: Bridge>(&self, client: &BuildClient<'_, B>, name: &str) -> Result<Loaded, DockerfileError> {
         const IGNORE_FILE: &str = ".dockerignore";
         let session = client.session_of(name).to_owned();
         let shared_key = format!("context:{}-{IGNORE_FILE}", self.full_name);
@@ -255,7 +281,11 @@ impl NamedContext {
         let state = local.state(self.about(&format!("load {IGNORE_FILE}")));
         let definition = state.marshal(None).map_err(|e| DockerfileError::new(e.to_string()))?;
         let reference = client.solve(definition, true).await?;
-        let text = client.bridge.read_file(reference.as_ref(), IGNORE_FILE, None).await.unwrap_or_default();
+        let text = client
+            .bridge
+            .read_file(reference.as_ref(), IGNORE_FILE, None)
+            .await
+            .unwrap_or_default();
         let exclude = kiln_match::parse_ignore_file(&text)
             .map_err(|e| DockerfileError::new(format!("failed parsing {IGNORE_FILE}: {e}")))?;
         let pending = PendingLocal {
@@ -266,24 +296,31 @@ impl NamedContext {
             shared_key: self.shared_key.clone(),
             exclude,
         };
-        Ok(Loaded { state: pending.late.state(), image: None, pending: Some(pending) })
+        Ok(Loaded {
+            state: pending.late.state(),
+            image: None,
+            pending: Some(pending),
+        })
     }
 
-    async fn load_input<B: Bridge>(
-        &self,
-        client: &BuildClient<'_, B>,
-        key: &str,
-    ) -> Result<Loaded, DockerfileError> {
+    async fn load_input<B: Bridge>(&self, client: &BuildClient<'_, B>, key: &str) -> Result<Loaded, DockerfileError> {
         use base64::Engine as _;
         let inputs = client.bridge.inputs().await?;
         let Some(definition) = inputs.get(key) else {
-            return Err(DockerfileError::new(format!("invalid input {key} for {}", self.full_name)));
+            return Err(DockerfileError::new(format!(
+                "invalid input {key} for {}",
+                self.full_name
+            )));
         };
         let mut state = State::from_definition(definition).map_err(|e| DockerfileError::new(e.to_string()))?;
-        let Some(metadata) = client.options.attr(&format!("input-metadata:{key}")) else { return Ok(state.into()) };
+        let Some(metadata) = client.options.attr(&format!("input-metadata:{key}")) else {
+            return Ok(state.into());
+        };
         let members: std::collections::BTreeMap<String, Option<String>> = serde_json::from_str(metadata)
             .map_err(|e| DockerfileError::new(format!("failed to parse input metadata {metadata}: {e}")))?;
-        let Some(Some(encoded)) = members.get("containerimage.config") else { return Ok(state.into()) };
+        let Some(Some(encoded)) = members.get("containerimage.config") else {
+            return Ok(state.into());
+        };
         let image = base64::engine::general_purpose::STANDARD
             .decode(encoded)
             .map_err(|e| e.to_string())
@@ -291,6 +328,10 @@ impl NamedContext {
             .map_err(DockerfileError::new)
             .context(format!("failed to parse image config for {}", self.full_name))?;
         source::apply_config(&mut state, &image);
-        Ok(Loaded { state, image: Some(image), pending: None })
+        Ok(Loaded {
+            state,
+            image: Some(image),
+            pending: None,
+        })
     }
 }

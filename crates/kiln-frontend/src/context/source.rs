@@ -65,13 +65,20 @@ impl Local<'_> {
             }
         };
         let list = |items: &[String]| {
-            if items.is_empty() { String::new() } else { go_json::to_string(items).unwrap_or_default() }
+            if items.is_empty() {
+                String::new()
+            } else {
+                go_json::to_string(items).unwrap_or_default()
+            }
         };
         set("local.session", self.session.to_owned());
         set("local.followpaths", list(self.follow));
         set("local.excludepatterns", list(self.exclude));
         set("local.sharedkeyhint", self.shared_key.to_owned());
-        set("local.differ", if self.no_diff { "none".to_owned() } else { String::new() });
+        set(
+            "local.differ",
+            if self.no_diff { "none".to_owned() } else { String::new() },
+        );
         source(format!("local://{}", self.name), attrs, about)
     }
 }
@@ -126,17 +133,40 @@ pub(crate) fn git(git: &GitRef, keep_git_dir: bool, about: Constraints) -> State
 
 /// The contents of `dir` alone.
 pub(crate) fn sub_directory(state: &State, dir: &str) -> State {
-    copied(state, CopyAction { src: dir.to_owned(), dir_copy_contents: true, ..CopyAction::default() })
+    copied(
+        state,
+        CopyAction {
+            src: dir.to_owned(),
+            dir_copy_contents: true,
+            ..CopyAction::default()
+        },
+    )
 }
 
 /// What the archive `file` holds.
 pub(crate) fn unpacked(state: &State, file: &str) -> State {
-    copied(state, CopyAction { src: format!("/{file}"), attempt_unpack: true, ..CopyAction::default() })
+    copied(
+        state,
+        CopyAction {
+            src: format!("/{file}"),
+            attempt_unpack: true,
+            ..CopyAction::default()
+        },
+    )
 }
 
 fn copied(state: &State, copy: CopyAction) -> State {
-    let copy = CopyAction { dest: "/".to_owned(), mode: -1, timestamp: -1, ..copy };
-    let step = FileStep::Copy { from: state.clone(), copy: Box::new(copy), owner: None };
+    let copy = CopyAction {
+        dest: "/".to_owned(),
+        mode: -1,
+        timestamp: -1,
+        ..copy
+    };
+    let step = FileStep::Copy {
+        from: state.clone(),
+        copy: Box::new(copy),
+        owner: None,
+    };
     State::scratch().file(vec![step], Constraints::default())
 }
 
@@ -165,7 +195,9 @@ fn is_tar_header(block: &[u8]) -> bool {
     let Some(field) = block.get(148..156) else { return false };
     let text = String::from_utf8_lossy(field);
     let text = text.trim_matches(|c| c == ' ' || c == '\0');
-    let Ok(stored) = i64::from_str_radix(text, 8) else { return false };
+    let Ok(stored) = i64::from_str_radix(text, 8) else {
+        return false;
+    };
     let byte = |(i, b): (usize, &u8)| if (148..156).contains(&i) { b' ' } else { *b };
     let unsigned: i64 = block.iter().enumerate().map(|x| i64::from(byte(x))).sum();
     let signed: i64 = block.iter().enumerate().map(|x| i64::from(byte(x).cast_signed())).sum();

@@ -127,7 +127,10 @@ impl Flags {
 
     /// The value of a text flag, `None` when absent.
     pub fn given_text(&self, name: &str) -> Option<&str> {
-        self.given.iter().find(|(known, _)| *known == name).map(|(_, value)| value.as_str())
+        self.given
+            .iter()
+            .find(|(known, _)| *known == name)
+            .map(|(_, value)| value.as_str())
     }
 
     /// The value of a boolean flag, `None` when absent.

@@ -205,8 +205,24 @@ pub struct Healthcheck {
 
 /// Keywords of all instructions.
 const KEYWORDS: &[&str] = &[
-    "ADD", "ARG", "CMD", "COPY", "ENTRYPOINT", "ENV", "EXPOSE", "FROM", "HEALTHCHECK", "LABEL", "MAINTAINER",
-    "ONBUILD", "RUN", "SHELL", "STOPSIGNAL", "USER", "VOLUME", "WORKDIR",
+    "ADD",
+    "ARG",
+    "CMD",
+    "COPY",
+    "ENTRYPOINT",
+    "ENV",
+    "EXPOSE",
+    "FROM",
+    "HEALTHCHECK",
+    "LABEL",
+    "MAINTAINER",
+    "ONBUILD",
+    "RUN",
+    "SHELL",
+    "STOPSIGNAL",
+    "USER",
+    "VOLUME",
+    "WORKDIR",
 ];
 
 use FlagKind::{Bool, List, Text};
@@ -305,7 +321,11 @@ pub(crate) fn read(node: &Node, lint: &LintScope<'_>) -> Result<Parsed, String> 
 }
 
 fn some(words: &[String], name: &str) -> Result<(), String> {
-    if words.is_empty() { Err(format!("{name} requires at least one argument")) } else { Ok(()) }
+    if words.is_empty() {
+        Err(format!("{name} requires at least one argument"))
+    } else {
+        Ok(())
+    }
 }
 
 fn one(words: &[String], name: &str) -> Result<String, String> {
@@ -326,7 +346,10 @@ fn pairs(node: &Node, name: &str) -> Result<Vec<Pair>, String> {
 }
 
 fn command_line(node: &Node) -> CommandLine {
-    CommandLine { args: node.args.words.clone(), shell: !node.args.json }
+    CommandLine {
+        args: node.args.words.clone(),
+        shell: !node.args.json,
+    }
 }
 
 fn arg(node: &Node, lint: &LintScope<'_>) -> Result<Kind, String> {
@@ -339,7 +362,11 @@ fn arg(node: &Node, lint: &LintScope<'_>) -> Result<Kind, String> {
             None => (word.as_str(), None),
         };
         let description = description(&node.comments, name);
-        arguments.push(Argument { name: name.to_owned(), value, description });
+        arguments.push(Argument {
+            name: name.to_owned(),
+            value,
+            description,
+        });
     }
     let names: Vec<&str> = arguments.iter().map(|a| a.name.as_str()).collect();
     check_description("ARG", &names, node, lint);
@@ -356,7 +383,9 @@ pub(super) fn description(comments: &[String], name: &str) -> String {
 }
 
 pub(super) fn check_description(keyword: &str, names: &[&str], node: &Node, lint: &LintScope<'_>) {
-    let (Some(comment), Some(first)) = (node.comments.last(), names.first()) else { return };
+    let (Some(comment), Some(first)) = (node.comments.last(), names.first()) else {
+        return;
+    };
     let word = comment.split(' ').next().unwrap_or_default();
     if names.contains(&word) {
         return;
@@ -369,7 +398,12 @@ pub(super) fn check_description(keyword: &str, names: &[&str], node: &Node, lint
 
 /// The text of a trigger: the line without its first word, and the here-documents behind it.
 fn trigger(node: &Node) -> Result<String, String> {
-    let nested = node.args.words.first().map(|w| w.trim().to_uppercase()).unwrap_or_default();
+    let nested = node
+        .args
+        .words
+        .first()
+        .map(|w| w.trim().to_uppercase())
+        .unwrap_or_default();
     match nested.as_str() {
         "ONBUILD" => return Err("Chaining ONBUILD via `ONBUILD ONBUILD` isn't allowed".to_owned()),
         "MAINTAINER" | "FROM" => return Err(format!("{nested} isn't allowed as an ONBUILD trigger")),
@@ -378,7 +412,9 @@ fn trigger(node: &Node) -> Result<String, String> {
     let blank = |c: char| matches!(c, ' ' | '\t' | '\n' | '\r' | '\u{c}');
     let line = node.original.trim_start_matches(blank);
     let mut text = match line.get(..7) {
-        Some(word) if word.eq_ignore_ascii_case("onbuild") => line.get(7..).unwrap_or_default().trim_start_matches(blank),
+        Some(word) if word.eq_ignore_ascii_case("onbuild") => {
+            line.get(7..).unwrap_or_default().trim_start_matches(blank)
+        }
         _ => node.original.as_str(),
     }
     .to_owned();
@@ -391,19 +427,32 @@ fn trigger(node: &Node) -> Result<String, String> {
 }
 
 fn paths(node: &Node, name: &str) -> Result<Paths, String> {
-    let Some((destination, sources)) = node.args.words.split_last() else { return Ok(Paths::default()) };
+    let Some((destination, sources)) = node.args.words.split_last() else {
+        return Ok(Paths::default());
+    };
     if matches!(heredoc::operator(destination), Ok(Some(_))) {
         return Err(format!("{name} cannot accept a heredoc as a destination"));
     }
-    let mut paths = Paths { destination: destination.clone(), ..Paths::default() };
+    let mut paths = Paths {
+        destination: destination.clone(),
+        ..Paths::default()
+    };
     for source in sources {
         match heredoc::operator(source) {
             Ok(Some(operator)) => {
                 // Of several documents with one name the last one counts.
                 let found = node.heredocs.iter().rev().find(|d| d.name == operator.name);
                 let content = found.map(|d| d.content.clone()).unwrap_or_default();
-                let data = Heredoc { content, ..operator.clone() }.body();
-                paths.contents.push(Content { name: operator.name, data, expand: operator.expand });
+                let data = Heredoc {
+                    content,
+                    ..operator.clone()
+                }
+                .body();
+                paths.contents.push(Content {
+                    name: operator.name,
+                    data,
+                    expand: operator.expand,
+                });
             }
             _ => paths.sources.push(source.clone()),
         }
@@ -449,7 +498,14 @@ fn copy(node: &Node) -> Result<Kind, String> {
     }
     let flags = Flags::parse(
         &node.flags,
-        &[("chmod", Text), ("chown", Text), ("from", Text), ("link", Bool), ("exclude", List), ("parents", Bool)],
+        &[
+            ("chmod", Text),
+            ("chown", Text),
+            ("from", Text),
+            ("link", Bool),
+            ("exclude", List),
+            ("parents", Bool),
+        ],
     )?;
     Ok(Kind::Copy(Box::new(Copy {
         paths: paths(node, "COPY")?,
@@ -465,9 +521,16 @@ fn copy(node: &Node) -> Result<Kind, String> {
 fn run(node: &Node) -> Result<Kind, String> {
     let allowed = &[("mount", List), ("device", List), ("network", Text), ("security", Text)];
     let flags = Flags::parse(&node.flags, allowed)?;
-    let devices = flags.list("device").iter().map(|d| super::mount::parse_device(d)).collect::<Result<_, _>>()?;
+    let devices = flags
+        .list("device")
+        .iter()
+        .map(|d| super::mount::parse_device(d))
+        .collect::<Result<_, _>>()?;
     let mounts = flags.list("mount");
-    let mount_from = mounts.iter().map(|m| Mount::written_from(m)).collect::<Result<_, _>>()?;
+    let mount_from = mounts
+        .iter()
+        .map(|m| Mount::written_from(m))
+        .collect::<Result<_, _>>()?;
     let network = match flags.given_text("network") {
         None | Some("default") => Network::Default,
         Some("none") => Network::None,
@@ -480,19 +543,41 @@ fn run(node: &Node) -> Result<Kind, String> {
         Some(other) => return Err(format!("security {} is not valid", quote(other))),
     };
     let files = node.heredocs.clone();
-    Ok(Kind::Run(Box::new(Run { command: command_line(node), files, mounts, mount_from, network, insecure, devices })))
+    Ok(Kind::Run(Box::new(Run {
+        command: command_line(node),
+        files,
+        mounts,
+        mount_from,
+        network,
+        insecure,
+        devices,
+    })))
 }
 
 fn healthcheck(node: &Node) -> Result<Healthcheck, String> {
     some(&node.args.words, "HEALTHCHECK")?;
-    let (kind, args) = node.args.words.split_first().map(|(k, a)| (k.to_uppercase(), a)).unwrap_or_default();
+    let (kind, args) = node
+        .args
+        .words
+        .split_first()
+        .map(|(k, a)| (k.to_uppercase(), a))
+        .unwrap_or_default();
     if kind == "NONE" {
         if !args.is_empty() {
             return Err("HEALTHCHECK NONE takes no arguments".to_owned());
         }
-        return Ok(Healthcheck { test: vec![kind], ..Healthcheck::default() });
+        return Ok(Healthcheck {
+            test: vec![kind],
+            ..Healthcheck::default()
+        });
     }
-    let names = [("interval", Text), ("timeout", Text), ("start-period", Text), ("start-interval", Text), ("retries", Text)];
+    let names = [
+        ("interval", Text),
+        ("timeout", Text),
+        ("start-period", Text),
+        ("start-interval", Text),
+        ("retries", Text),
+    ];
     let flags = Flags::parse(&node.flags, &names)?;
     if kind != "CMD" {
         return Err(format!("Unknown type {} in HEALTHCHECK (try CMD)", quote(&kind)));
@@ -519,5 +604,12 @@ fn healthcheck(node: &Node) -> Result<Healthcheck, String> {
     }
     let mut test = vec![if node.args.json { "CMD" } else { "CMD-SHELL" }.to_owned()];
     test.extend(args.iter().cloned());
-    Ok(Healthcheck { test, interval, timeout, start_period, start_interval, retries })
+    Ok(Healthcheck {
+        test,
+        interval,
+        timeout,
+        start_period,
+        start_interval,
+        retries,
+    })
 }

@@ -106,7 +106,9 @@ impl LintOptions {
             return Ok(options);
         }
         for part in text.splitn(3, ';') {
-            let (key, value) = part.split_once('=').ok_or_else(|| format!("invalid check option {}", quote(part)))?;
+            let (key, value) = part
+                .split_once('=')
+                .ok_or_else(|| format!("invalid check option {}", quote(part)))?;
             let names = || value.trim().split(',').map(|name| name.trim().to_owned()).collect();
             match key.trim() {
                 "skip" if value.trim() == "all" => options.skip_all = true,
@@ -165,7 +167,10 @@ pub struct Linter {
 impl Linter {
     /// A linter with these options.
     pub fn new(options: LintOptions) -> Self {
-        Self { options: Some(options), findings: Mutex::default() }
+        Self {
+            options: Some(options),
+            findings: Mutex::default(),
+        }
     }
 
     /// A linter that reports nothing, for the platforms after the first.
@@ -206,7 +211,10 @@ impl Linter {
         }
         let names: BTreeSet<&str> = findings.iter().map(|f| f.rule.name).collect();
         let names: Vec<&str> = names.into_iter().collect();
-        Err(DockerfileError::new(format!("lint violation found for rules: {}", names.join(", "))))
+        Err(DockerfileError::new(format!(
+            "lint violation found for rules: {}",
+            names.join(", ")
+        )))
     }
 }
 
@@ -227,17 +235,34 @@ impl LintScope<'_> {
             Some(extra) => options.allows(rule) && extra.allows(rule),
         };
         if allowed && let Ok(mut findings) = self.linter.findings.lock() {
-            findings.push(Finding { rule, message: message(), span });
+            findings.push(Finding {
+                rule,
+                message: message(),
+                span,
+            });
         }
     }
 }
 
 /// Whether a variable's name sounds like a secret: one of its parts is a word for one, and none says it is harmless.
 pub(crate) fn sounds_secret(name: &str) -> bool {
-    const SECRET: &[&str] =
-        &["apikey", "auth", "credential", "credentials", "key", "password", "pword", "passwd", "secret", "token"];
+    const SECRET: &[&str] = &[
+        "apikey",
+        "auth",
+        "credential",
+        "credentials",
+        "key",
+        "password",
+        "pword",
+        "passwd",
+        "secret",
+        "token",
+    ];
     const HARMLESS: &[&str] = &["public", "file", "version"];
-    let has = |words: &[&str]| name.split('_').any(|part| words.iter().any(|word| part.eq_ignore_ascii_case(word)));
+    let has = |words: &[&str]| {
+        name.split('_')
+            .any(|part| words.iter().any(|word| part.eq_ignore_ascii_case(word)))
+    };
     has(SECRET) && !has(HARMLESS)
 }
 
@@ -250,8 +275,14 @@ mod tests {
         let options = LintOptions::parse(" skip = A, B ;experimental=all;error=true").unwrap();
         assert!(options.error && options.experimental_all);
         assert_eq!(options.skip, BTreeSet::from(["A".to_owned(), "B".to_owned()]));
-        assert_eq!(LintOptions::parse("foo"), Err("invalid check option \"foo\"".to_owned()));
-        assert_eq!(LintOptions::parse("foo=1"), Err("invalid check option \"foo\"".to_owned()));
+        assert_eq!(
+            LintOptions::parse("foo"),
+            Err("invalid check option \"foo\"".to_owned())
+        );
+        assert_eq!(
+            LintOptions::parse("foo=1"),
+            Err("invalid check option \"foo\"".to_owned())
+        );
         assert_eq!(
             LintOptions::parse("error=x").unwrap_err(),
             "failed to parse check option \"error=x\": strconv.ParseBool: parsing \"x\": invalid syntax"
@@ -272,7 +303,11 @@ mod tests {
         let names: Vec<_> = linter.findings().iter().map(Finding::short).collect();
         assert_eq!(
             names,
-            ["FromAsCasing: m (line 3)", "InvalidDefinitionDescription: m (line 3)", "UndefinedVar: m (line 3)"]
+            [
+                "FromAsCasing: m (line 3)",
+                "InvalidDefinitionDescription: m (line 3)",
+                "UndefinedVar: m (line 3)"
+            ]
         );
         assert!(linter.failure().is_ok());
     }
@@ -294,7 +329,15 @@ mod tests {
         for name in ["TOKEN", "my_api_key", "DB_PASSWORD", "AUTH_x", "apikey"] {
             assert!(sounds_secret(name), "{name}");
         }
-        for name in ["my-token", "TOKENX", "keyboard", "PUBLIC_KEY", "KEY_FILE", "token_version", "PATH"] {
+        for name in [
+            "my-token",
+            "TOKENX",
+            "keyboard",
+            "PUBLIC_KEY",
+            "KEY_FILE",
+            "token_version",
+            "PATH",
+        ] {
             assert!(!sounds_secret(name), "{name}");
         }
     }

@@ -30,7 +30,10 @@ impl MountKind {
 
     /// Its name in a Dockerfile.
     pub fn name(self) -> &'static str {
-        Self::ALL.iter().find(|(_, kind)| *kind == self).map_or("", |(name, _)| name)
+        Self::ALL
+            .iter()
+            .find(|(_, kind)| *kind == self)
+            .map_or("", |(name, _)| name)
     }
 }
 
@@ -66,8 +69,25 @@ pub struct Mount {
 }
 
 const KEYS: &[&str] = &[
-    "type", "from", "source", "target", "readonly", "id", "sharing", "required", "size", "mode", "uid", "gid", "src",
-    "dst", "destination", "ro", "rw", "readwrite", "env",
+    "type",
+    "from",
+    "source",
+    "target",
+    "readonly",
+    "id",
+    "sharing",
+    "required",
+    "size",
+    "mode",
+    "uid",
+    "gid",
+    "src",
+    "dst",
+    "destination",
+    "ro",
+    "rw",
+    "readwrite",
+    "env",
 ];
 
 const SHARING: &[&str] = &["shared", "private", "locked"];
@@ -77,7 +97,9 @@ impl Mount {
     pub fn written_from(text: &str) -> Result<String, String> {
         let mut from = String::new();
         for field in fields(text)? {
-            let Some((key, value)) = field.split_once('=') else { continue };
+            let Some((key, value)) = field.split_once('=') else {
+                continue;
+            };
             if !key.eq_ignore_ascii_case("from") {
                 continue;
             }
@@ -122,17 +144,21 @@ impl Mount {
         let bad_bool = || format!("invalid value for {key}: {value}");
         let number = |radix| {
             let parsed = parse_uint(&value, radix, u64::from(u32::MAX));
-            parsed.map(|n| n as u32).map_err(|_| format!("invalid value {value} for {key}"))
+            parsed
+                .map(|n| n as u32)
+                .map_err(|_| format!("invalid value {value} for {key}"))
         };
         match key {
             "type" => {
                 let lower = value.to_lowercase();
-                self.kind = MountKind::ALL.iter().find(|(name, _)| *name == lower).map(|(_, kind)| *kind).ok_or_else(
-                    || {
+                self.kind = MountKind::ALL
+                    .iter()
+                    .find(|(name, _)| *name == lower)
+                    .map(|(_, kind)| *kind)
+                    .ok_or_else(|| {
                         let hint = nearest(&value, MountKind::ALL.iter().map(|(name, _)| *name));
                         format!("unsupported mount type {}{}", quote(&value), did_you_mean(hint))
-                    },
-                )?;
+                    })?;
             }
             "from" => self.from = value,
             "source" | "src" => self.source = value,
@@ -150,7 +176,11 @@ impl Mount {
                 let lower = value.to_lowercase();
                 if !SHARING.contains(&lower.as_str()) {
                     let hint = nearest(&value, SHARING.iter().copied());
-                    return Err(format!("unsupported sharing value {}{}", quote(&value), did_you_mean(hint)));
+                    return Err(format!(
+                        "unsupported sharing value {}{}",
+                        quote(&value),
+                        did_you_mean(hint)
+                    ));
                 }
                 self.sharing = lower;
             }
@@ -271,11 +301,20 @@ mod tests {
             ("foo", "invalid field 'foo' must be a key=value pair"),
             ("type=cache,sharing=x", "unsupported sharing value \"x\""),
             ("sharing=shared", "invalid cache sharing set for bind mount"),
-            ("type=secret,id=a,sharing=shared", "secret mount should not define sharing"),
-            ("type=secret,env=A", "invalid secret mount. one of source, target required"),
+            (
+                "type=secret,id=a,sharing=shared",
+                "secret mount should not define sharing",
+            ),
+            (
+                "type=secret,env=A",
+                "invalid secret mount. one of source, target required",
+            ),
             ("type=secret,id=a,source=b", "both source and id can't be set"),
             ("type=secret,id=a,from=b", "secret mount should not have a from"),
-            ("required,type=secret,id=a", "unexpected key 'required' for mount type 'bind'"),
+            (
+                "required,type=secret,id=a",
+                "unexpected key 'required' for mount type 'bind'",
+            ),
             ("size=1m,type=tmpfs", "unexpected key 'size' for mount type 'bind'"),
             ("type=tmpfs,size=zz", "invalid value for size: zz"),
             ("ro=maybe", "invalid value for ro: maybe"),

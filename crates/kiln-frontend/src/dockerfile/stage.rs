@@ -56,9 +56,15 @@ impl Dockerfile {
     pub fn read(text: &[u8], linter: &Linter) -> Result<Self, DockerfileError> {
         let parsed = parser::parse(text)?;
         for span in &parsed.empty_continuations {
-            linter.report(&lint::NO_EMPTY_CONTINUATION, *span, || "Empty continuation line".to_owned());
+            linter.report(&lint::NO_EMPTY_CONTINUATION, *span, || {
+                "Empty continuation line".to_owned()
+            });
         }
-        let mut file = Self { escape: parsed.escape, global_args: Vec::new(), stages: Vec::new() };
+        let mut file = Self {
+            escape: parsed.escape,
+            global_args: Vec::new(),
+            stages: Vec::new(),
+        };
         for node in &parsed.nodes {
             let line = node.span.first().unwrap_or(0);
             let context = || format!("dockerfile parse error on line {line}");
@@ -68,7 +74,14 @@ impl Dockerfile {
                 .map_err(|e| e.context(context()))?;
             match (read, file.stages.last_mut()) {
                 (Parsed::Stage(stage), _) => file.stages.push(stage),
-                (Parsed::Instruction(Instruction { kind: Kind::Arg(arguments), span, .. }), None) => {
+                (
+                    Parsed::Instruction(Instruction {
+                        kind: Kind::Arg(arguments),
+                        span,
+                        ..
+                    }),
+                    None,
+                ) => {
                     file.global_args.push(GlobalArg { arguments, span });
                 }
                 (Parsed::Instruction(instruction), Some(stage)) => stage.instructions.push(instruction),
@@ -86,12 +99,18 @@ impl Dockerfile {
         for stage in self.stages.iter().filter(|s| !s.name.is_empty()) {
             if matches!(stage.name.as_str(), "context" | "scratch") {
                 linter.report(&lint::RESERVED_STAGE_NAME, stage.span, || {
-                    format!("Stage name should not use the same name as reserved stage {}", quote(&stage.name))
+                    format!(
+                        "Stage name should not use the same name as reserved stage {}",
+                        quote(&stage.name)
+                    )
                 });
             }
             if !seen.insert(stage.name.as_str()) {
                 linter.report(&lint::DUPLICATE_STAGE_NAME, stage.span, || {
-                    format!("Duplicate stage name {}, stage names should be unique", quote(&stage.name))
+                    format!(
+                        "Duplicate stage name {}, stage names should be unique",
+                        quote(&stage.name)
+                    )
                 });
             }
         }
@@ -102,7 +121,9 @@ impl Dockerfile {
             })
         };
         let lower = keywords().filter(|(k, _)| *k == k.to_lowercase()).count();
-        let upper = keywords().filter(|(k, _)| *k != k.to_lowercase() && *k == k.to_uppercase()).count();
+        let upper = keywords()
+            .filter(|(k, _)| *k != k.to_lowercase() && *k == k.to_uppercase())
+            .count();
         let (wanted, is_wanted): (&str, fn(&str) -> bool) = if lower > upper {
             ("lowercase", |k| k == k.to_lowercase())
         } else {
@@ -121,7 +142,9 @@ pub(super) fn read(node: &Node, lint: &LintScope<'_>) -> Result<Stage, String> {
     let words = &node.args.words;
     if let [_, keyword, name] = words.as_slice() {
         if *name != name.to_lowercase() {
-            lint.report(&lint::STAGE_NAME_CASING, node.span, || format!("Stage name '{name}' should be lowercase"));
+            lint.report(&lint::STAGE_NAME_CASING, node.span, || {
+                format!("Stage name '{name}' should be lowercase")
+            });
         }
         check_as_casing(node, keyword, lint);
     } else if words.len() > 3 {
@@ -168,7 +191,9 @@ fn check_as_casing(node: &Node, keyword: &str, lint: &LintScope<'_>) {
 fn stage_name(written: &str) -> Result<String, String> {
     let name = written.to_lowercase();
     let valid = name.starts_with(|c: char| c.is_ascii_lowercase())
-        && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"-_.".contains(&b));
+        && name
+            .bytes()
+            .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"-_.".contains(&b));
     if valid {
         return Ok(name);
     }

@@ -39,10 +39,21 @@ fn question(name: &'static str, description: &'static str, opts: Option<Vec<Name
 
 /// The list. Lint and conversion are not on it: clients know of them by other means.
 pub(super) fn answer() -> Metadata {
-    let target = Named { name: "target", description: "Target build stage" };
+    let target = Named {
+        name: "target",
+        description: "Target build stage",
+    };
     let questions = [
-        question("frontend.outline", "List all parameters current build target supports", Some(vec![target])),
-        question("frontend.targets", "List all targets current build supports", Some(Vec::new())),
+        question(
+            "frontend.outline",
+            "List all parameters current build target supports",
+            Some(vec![target]),
+        ),
+        question(
+            "frontend.targets",
+            "List all targets current build supports",
+            Some(Vec::new()),
+        ),
         question("frontend.subrequests.describe", "List available subrequest types", None),
     ];
     let mut rows = vec![["NAME", "VERSION", "DESCRIPTION"].map(str::to_owned).to_vec()];

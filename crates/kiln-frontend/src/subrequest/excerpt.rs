@@ -6,7 +6,9 @@ pub(super) fn print(filename: &str, text: &[u8], marked: &[u32]) -> String {
     let text = String::from_utf8_lossy(text);
     let lines: Vec<&str> = text.split('\n').collect();
     let count = u32::try_from(lines.len()).unwrap_or(u32::MAX);
-    let (Some(&first), Some(&last)) = (marked.iter().min(), marked.iter().max()) else { return String::new() };
+    let (Some(&first), Some(&last)) = (marked.iter().min(), marked.iter().max()) else {
+        return String::new();
+    };
     if first < 1 || first > count {
         return String::new();
     }
@@ -47,7 +49,10 @@ mod tests {
             print("F", text, &[3]),
             format!("F:3\n{rule}   1 |     a\n   2 |     b\n   3 | >>> c\n   4 |     d\n   5 |     e\n{rule}")
         );
-        assert_eq!(print("F", text, &[1, 2]), format!("F:1\n{rule}   1 | >>> a\n   2 | >>> b\n   3 |     c\n{rule}"));
+        assert_eq!(
+            print("F", text, &[1, 2]),
+            format!("F:1\n{rule}   1 | >>> a\n   2 | >>> b\n   3 |     c\n{rule}")
+        );
         assert_eq!(print("F", text, &[0]), "");
         assert_eq!(print("F", text, &[9]), "");
         assert_eq!(print("F", text, &[]), "");

@@ -47,7 +47,13 @@ pub(super) async fn answer<B: Bridge>(
         Ok(options) => {
             let linter = Linter::new(options);
             let all_stages = client.options.target.is_empty();
-            let request = Request { file: file.clone(), platform: None, all_stages, linter: &linter, labs };
+            let request = Request {
+                file: file.clone(),
+                platform: None,
+                all_stages,
+                linter: &linter,
+                labs,
+            };
             let error = convert::convert(client, &request).await.err();
             (linter, error)
         }
@@ -59,7 +65,10 @@ pub(super) async fn answer<B: Bridge>(
     let answer = Answer {
         warnings: (!warnings.is_empty()).then_some(warnings),
         sources: vec![llb_json::source_info(file, Style::Plain)],
-        build_error: error.map(|e| BuildError { location: merged(&e), message: e.message().to_owned() }),
+        build_error: error.map(|e| BuildError {
+            location: merged(&e),
+            message: e.message().to_owned(),
+        }),
     };
     let mut out = metadata(&answer, Some(text(&findings, &file.filename, &file.data)), "1.0.0");
     out.insert("result.statuscode".to_owned(), if failed { "1" } else { "0" }.into());

@@ -35,11 +35,19 @@ impl Object {
     }
 
     fn text(self, key: &str, text: &str) -> Self {
-        if text.is_empty() { self } else { self.value(key, text.into()) }
+        if text.is_empty() {
+            self
+        } else {
+            self.value(key, text.into())
+        }
     }
 
     fn texts(self, key: &str, list: &[String]) -> Self {
-        if list.is_empty() { self } else { self.value(key, list.into()) }
+        if list.is_empty() {
+            self
+        } else {
+            self.value(key, list.into())
+        }
     }
 
     fn flag(self, key: &str, on: bool) -> Self {
@@ -47,7 +55,11 @@ impl Object {
     }
 
     fn small(self, key: &str, number: i64) -> Self {
-        if number == 0 { self } else { self.value(key, number.into()) }
+        if number == 0 {
+            self
+        } else {
+            self.value(key, number.into())
+        }
     }
 
     fn long(self, key: &str, number: i64, style: Style) -> Self {
@@ -59,7 +71,11 @@ impl Object {
     }
 
     fn list(self, key: &str, items: Vec<Value>) -> Self {
-        if items.is_empty() { self } else { self.value(key, items.into()) }
+        if items.is_empty() {
+            self
+        } else {
+            self.value(key, items.into())
+        }
     }
 
     fn maybe(self, key: &str, value: Option<Value>) -> Self {
@@ -82,8 +98,11 @@ pub(super) fn answer(converted: &Converted) -> Result<Metadata, DockerfileError>
     for bytes in &definition.ops {
         ops.insert(vertex_digest(bytes).to_string(), operation(bytes).map_err(wrap)?);
     }
-    let about: std::collections::BTreeMap<String, Value> =
-        definition.metadata.iter().map(|(d, m)| (d.to_string(), op_metadata(m, Style::Plain))).collect();
+    let about: std::collections::BTreeMap<String, Value> = definition
+        .metadata
+        .iter()
+        .map(|(d, m)| (d.to_string(), op_metadata(m, Style::Plain)))
+        .collect();
     let source = source_map(&definition.source_map, Style::Proto);
     let answer = json!({ "def": ops, "metadata": about, "source": source });
     Ok(metadata(&answer, None, "0.1.0"))
@@ -107,7 +126,12 @@ fn operation(bytes: &[u8]) -> Result<Value, kiln_llb::LlbError> {
             Op::Build(_) => ("build", json!({ "builder": "-1" })),
             Op::Merge(merge) => {
                 let input = |i: &Option<InputIndex>| Object::new().long("input", index(*i), Style::Proto).done();
-                ("merge", Object::new().list("inputs", merge.inputs.iter().map(input).collect()).done())
+                (
+                    "merge",
+                    Object::new()
+                        .list("inputs", merge.inputs.iter().map(input).collect())
+                        .done(),
+                )
             }
             Op::Diff(diff) => {
                 let side = |i| Object::new().long("input", index(i), Style::Proto).done();
@@ -119,7 +143,10 @@ fn operation(bytes: &[u8]) -> Result<Value, kiln_llb::LlbError> {
     }
     out = out.maybe("platform", decoded.platform.as_ref().map(platform));
     if !terminal {
-        out = out.value("constraints", Object::new().texts("filter", &decoded.constraints).done());
+        out = out.value(
+            "constraints",
+            Object::new().texts("filter", &decoded.constraints).done(),
+        );
     }
     Ok(out.done())
 }
@@ -140,7 +167,10 @@ fn platform(p: &Platform) -> Value {
 
 fn source_op(op: &SourceOp) -> Value {
     let attrs = (!op.attrs.is_empty()).then(|| json!(op.attrs));
-    Object::new().text("identifier", &op.identifier).maybe("attrs", attrs).done()
+    Object::new()
+        .text("identifier", &op.identifier)
+        .maybe("attrs", attrs)
+        .done()
 }
 
 fn exec_op(op: &ExecOp) -> Value {
@@ -154,10 +184,15 @@ fn exec_op(op: &ExecOp) -> Value {
             .text("allProxy", &p.all_proxy)
             .done()
     });
-    let hosts = meta.extra_hosts.iter().map(|h| Object::new().text("Host", &h.host).text("IP", &h.ip).done());
+    let hosts = meta
+        .extra_hosts
+        .iter()
+        .map(|h| Object::new().text("Host", &h.host).text("IP", &h.ip).done());
     let ulimits = meta.ulimit.iter().map(|u| {
         let out = Object::new().text("Name", &u.name);
-        out.long("Soft", u.soft, Style::Proto).long("Hard", u.hard, Style::Proto).done()
+        out.long("Soft", u.soft, Style::Proto)
+            .long("Hard", u.hard, Style::Proto)
+            .done()
     });
     let codes = meta.valid_exit_codes.iter().map(|c| Value::from(*c));
     let meta = Object::new()
@@ -173,15 +208,26 @@ fn exec_op(op: &ExecOp) -> Value {
         .flag("removeMountStubsRecursive", meta.remove_mount_stubs_recursive)
         .list("validExitCodes", codes.collect());
     let secrets = op.secret_env.iter().map(|s| {
-        Object::new().text("ID", &s.id).text("name", &s.name).flag("optional", s.optional).done()
+        Object::new()
+            .text("ID", &s.id)
+            .text("name", &s.name)
+            .flag("optional", s.optional)
+            .done()
     });
-    let devices = op.cdi_devices.iter().map(|d| Object::new().text("name", &d.name).flag("optional", d.optional).done());
+    let devices = op
+        .cdi_devices
+        .iter()
+        .map(|d| Object::new().text("name", &d.name).flag("optional", d.optional).done());
     let network = match op.network {
         NetMode::Unset => "",
         NetMode::Host => "HOST",
         NetMode::None => "NONE",
     };
-    let security = if op.security == SecurityMode::Insecure { "INSECURE" } else { "" };
+    let security = if op.security == SecurityMode::Insecure {
+        "INSECURE"
+    } else {
+        ""
+    };
     Object::new()
         .value("meta", meta.done())
         .list("mounts", op.mounts.iter().map(mount).collect())
@@ -200,7 +246,10 @@ fn mount(m: &ExecMount) -> Value {
         MountType::Cache => "CACHE",
         MountType::Tmpfs => "TMPFS",
     };
-    let tmpfs = m.tmpfs.as_ref().map(|t| Object::new().long("size", t.size, Style::Proto).done());
+    let tmpfs = m
+        .tmpfs
+        .as_ref()
+        .map(|t| Object::new().long("size", t.size, Style::Proto).done());
     let cache = m.cache.as_ref().map(|c| {
         let sharing = match c.sharing {
             CacheSharing::Shared => "",
@@ -210,7 +259,10 @@ fn mount(m: &ExecMount) -> Value {
         Object::new().text("ID", &c.id).text("sharing", sharing).done()
     });
     let owned = |id: &str, uid: u32, gid: u32, mode: u32, optional: bool| {
-        let out = Object::new().text("ID", id).small("uid", uid.into()).small("gid", gid.into());
+        let out = Object::new()
+            .text("ID", id)
+            .small("uid", uid.into())
+            .small("gid", gid.into());
         out.small("mode", mode.into()).flag("optional", optional).done()
     };
     let content_cache = match m.content_cache {
@@ -227,8 +279,16 @@ fn mount(m: &ExecMount) -> Value {
         .text("mountType", kind)
         .maybe("TmpfsOpt", tmpfs)
         .maybe("cacheOpt", cache)
-        .maybe("secretOpt", m.secret.as_ref().map(|s| owned(&s.id, s.uid, s.gid, s.mode, s.optional)))
-        .maybe("SSHOpt", m.ssh.as_ref().map(|s| owned(&s.id, s.uid, s.gid, s.mode, s.optional)))
+        .maybe(
+            "secretOpt",
+            m.secret
+                .as_ref()
+                .map(|s| owned(&s.id, s.uid, s.gid, s.mode, s.optional)),
+        )
+        .maybe(
+            "SSHOpt",
+            m.ssh.as_ref().map(|s| owned(&s.id, s.uid, s.gid, s.mode, s.optional)),
+        )
         .text("resultID", &m.result_id)
         .text("contentCache", content_cache)
         .done()
@@ -239,18 +299,29 @@ fn file_op(op: &FileOp) -> Value {
         let (key, value) = match &a.kind {
             FileActionKind::Copy(c) => ("copy", copy_action(c)),
             FileActionKind::MkFile(m) => {
-                let data = if m.data.is_empty() { String::new() } else { base64(&m.data) };
-                let out = Object::new().text("path", &m.path).small("mode", m.mode.into()).text("data", &data);
+                let data = if m.data.is_empty() {
+                    String::new()
+                } else {
+                    base64(&m.data)
+                };
+                let out = Object::new()
+                    .text("path", &m.path)
+                    .small("mode", m.mode.into())
+                    .text("data", &data);
                 let out = out.maybe("owner", m.owner.as_ref().map(owner));
                 ("mkfile", out.long("timestamp", m.timestamp, Style::Proto).done())
             }
             FileActionKind::MkDir(m) => {
                 let out = Object::new().text("path", &m.path).small("mode", m.mode.into());
-                let out = out.flag("makeParents", m.make_parents).maybe("owner", m.owner.as_ref().map(owner));
+                let out = out
+                    .flag("makeParents", m.make_parents)
+                    .maybe("owner", m.owner.as_ref().map(owner));
                 ("mkdir", out.long("timestamp", m.timestamp, Style::Proto).done())
             }
             FileActionKind::Rm(r) => {
-                let out = Object::new().text("path", &r.path).flag("allowNotFound", r.allow_not_found);
+                let out = Object::new()
+                    .text("path", &r.path)
+                    .flag("allowNotFound", r.allow_not_found);
                 ("rm", out.flag("allowWildcard", r.allow_wildcard).done())
             }
             FileActionKind::Symlink(s) => {
@@ -266,7 +337,9 @@ fn file_op(op: &FileOp) -> Value {
             .value(key, value)
             .done()
     };
-    Object::new().list("actions", op.actions.iter().map(action).collect()).done()
+    Object::new()
+        .list("actions", op.actions.iter().map(action).collect())
+        .done()
 }
 
 fn copy_action(c: &CopyAction) -> Value {
@@ -293,12 +366,17 @@ fn copy_action(c: &CopyAction) -> Value {
 fn owner(o: &ChownOpt) -> Value {
     let half = |u: &UserOpt| match u {
         UserOpt::ByName { name, input } => {
-            let by_name = Object::new().text("name", name).long("input", index(*input), Style::Proto);
+            let by_name = Object::new()
+                .text("name", name)
+                .long("input", index(*input), Style::Proto);
             json!({ "byName": by_name.done() })
         }
         UserOpt::ById(id) => json!({ "byID": id }),
     };
-    Object::new().maybe("user", o.user.as_ref().map(half)).maybe("group", o.group.as_ref().map(half)).done()
+    Object::new()
+        .maybe("user", o.user.as_ref().map(half))
+        .maybe("group", o.group.as_ref().map(half))
+        .done()
 }
 
 fn name(style: Style, proto: &'static str, plain: &'static str) -> &'static str {
@@ -308,7 +386,11 @@ fn name(style: Style, proto: &'static str, plain: &'static str) -> &'static str 
 fn op_metadata(m: &OpMetadata, style: Style) -> Value {
     let map = |present: bool, value: Value| present.then_some(value);
     let group = |g: &ProgressGroup| {
-        Object::new().text("id", &g.id).text("name", &g.name).flag("weak", g.weak).done()
+        Object::new()
+            .text("id", &g.id)
+            .text("name", &g.name)
+            .flag("weak", g.weak)
+            .done()
     };
     Object::new()
         .flag(name(style, "ignoreCache", "ignore_cache"), m.ignore_cache)
@@ -318,8 +400,14 @@ fn op_metadata(m: &OpMetadata, style: Style) -> Value {
             m.export_cache.map(|on| Object::new().flag("Value", on).done()),
         )
         .maybe("caps", map(!m.caps.is_empty(), json!(m.caps)))
-        .maybe(name(style, "progressGroup", "progress_group"), m.progress_group.as_ref().map(group))
-        .maybe(name(style, "linuxResources", "linux_resources"), m.linux_resources.as_ref().map(|r| limits(r, style)))
+        .maybe(
+            name(style, "progressGroup", "progress_group"),
+            m.progress_group.as_ref().map(group),
+        )
+        .maybe(
+            name(style, "linuxResources", "linux_resources"),
+            m.linux_resources.as_ref().map(|r| limits(r, style)),
+        )
         .done()
 }
 
@@ -338,7 +426,10 @@ fn limits(r: &LinuxResources, style: Style) -> Value {
 
 fn source_map(map: &SourceMap, style: Style) -> Value {
     let position = |p: &SourcePosition| {
-        Object::new().small("line", p.line.into()).small("character", p.character.into()).done()
+        Object::new()
+            .small("line", p.line.into())
+            .small("character", p.character.into())
+            .done()
     };
     let range = |r: &SourceRange| json!({ "start": position(&r.start), "end": position(&r.end) });
     let locations = map.locations.iter().map(|(digest, list)| {
@@ -346,7 +437,10 @@ fn source_map(map: &SourceMap, style: Style) -> Value {
             let out = Object::new().small("sourceIndex", l.source_index.into());
             out.list("ranges", l.ranges.iter().map(range).collect()).done()
         });
-        (digest.to_string(), Object::new().list("locations", list.collect()).done())
+        (
+            digest.to_string(),
+            Object::new().list("locations", list.collect()).done(),
+        )
     });
     let locations: Map<String, Value> = locations.collect();
     let infos = map.infos.iter().map(|info| source_info(info, style));
@@ -358,7 +452,11 @@ fn source_map(map: &SourceMap, style: Style) -> Value {
 
 fn definition(d: &Definition, style: Style) -> Value {
     let ops = d.ops.iter().map(|op| Value::from(base64(op)));
-    let about: Map<String, Value> = d.metadata.iter().map(|(k, m)| (k.to_string(), op_metadata(m, style))).collect();
+    let about: Map<String, Value> = d
+        .metadata
+        .iter()
+        .map(|(k, m)| (k.to_string(), op_metadata(m, style)))
+        .collect();
     Object::new()
         .list("def", ops.collect())
         .maybe("metadata", (!about.is_empty()).then_some(Value::Object(about)))
@@ -370,7 +468,14 @@ fn definition(d: &Definition, style: Style) -> Value {
 pub(super) fn source_info(info: &SourceInfo, style: Style) -> Value {
     Object::new()
         .text("filename", &info.filename)
-        .text("data", &if info.data.is_empty() { String::new() } else { base64(&info.data) })
+        .text(
+            "data",
+            &if info.data.is_empty() {
+                String::new()
+            } else {
+                base64(&info.data)
+            },
+        )
         .maybe("definition", info.definition.as_deref().map(|d| definition(d, style)))
         .text("language", &info.language)
         .done()

@@ -48,7 +48,13 @@ async fn convert<B: Bridge>(
     crate::frontend::lint_options(&client.options, &entrypoint.file.data)?;
     let linter = Linter::silent();
     let file = entrypoint.file.clone();
-    let request = Request { file, platform: None, all_stages: false, linter: &linter, labs };
+    let request = Request {
+        file,
+        platform: None,
+        all_stages: false,
+        linter: &linter,
+        labs,
+    };
     convert::convert(client, &request).await
 }
 
@@ -91,8 +97,13 @@ fn is_zero(n: &u32) -> bool {
 impl JsonLocation {
     fn of_lines(lines: impl IntoIterator<Item = u32>) -> Self {
         let position = |line| JsonPosition { line };
-        let range = |line| JsonRange { start: position(line), end: position(line) };
-        Self { ranges: lines.into_iter().map(range).collect() }
+        let range = |line| JsonRange {
+            start: position(line),
+            end: position(line),
+        };
+        Self {
+            ranges: lines.into_iter().map(range).collect(),
+        }
     }
 
     fn of(span: Span) -> Self {

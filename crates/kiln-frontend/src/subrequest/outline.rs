@@ -42,7 +42,13 @@ struct Answer<'a> {
 
 fn needed(list: &[Requirement]) -> Vec<Needed<'_>> {
     let one = |r: &'_ Requirement| -> JsonLocation { JsonLocation::of(r.span) };
-    list.iter().map(|r| Needed { name: &r.name, required: r.required, location: one(r) }).collect()
+    list.iter()
+        .map(|r| Needed {
+            name: &r.name,
+            required: r.required,
+            location: one(r),
+        })
+        .collect()
 }
 
 /// The outline.
@@ -77,7 +83,11 @@ fn text(answer: &Answer<'_>) -> String {
     };
     let row = |cells: &[&str]| cells.iter().map(|c| (*c).to_owned()).collect::<Vec<_>>();
     if !answer.name.is_empty() || !answer.description.is_empty() {
-        let name = if answer.name.is_empty() { "(default)" } else { answer.name };
+        let name = if answer.name.is_empty() {
+            "(default)"
+        } else {
+            answer.name
+        };
         let mut rows = vec![row(&["TARGET:", name])];
         if !answer.description.is_empty() {
             rows.push(row(&["DESCRIPTION:", answer.description]));
@@ -92,7 +102,10 @@ fn text(answer: &Answer<'_>) -> String {
     for (title, list) in [("SECRET", &answer.secrets), ("SSH", &answer.ssh)] {
         if !list.is_empty() {
             let mut rows = vec![row(&[title, "REQUIRED"])];
-            rows.extend(list.iter().map(|n| row(&[n.name, if n.required { "true" } else { "" }])));
+            rows.extend(
+                list.iter()
+                    .map(|n| row(&[n.name, if n.required { "true" } else { "" }])),
+            );
             add(rows, 3);
         }
     }

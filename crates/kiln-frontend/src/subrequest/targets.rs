@@ -53,6 +53,9 @@ pub(super) fn answer(entrypoint: &Entrypoint) -> Result<Metadata, DockerfileErro
         vec![name, t.description.clone()]
     }));
     let targets = (!targets.is_empty()).then_some(targets);
-    let answer = Targets { targets, sources: vec![base64(text)] };
+    let answer = Targets {
+        targets,
+        sources: vec![base64(text)],
+    };
     Ok(metadata(&answer, Some(table::lay_out(&rows, 1)), "1.0.0"))
 }

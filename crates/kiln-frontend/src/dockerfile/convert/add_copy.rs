@@ -57,7 +57,13 @@ impl<B: Bridge> Conversion<'_, B> {
         };
         self.transfer(step, &transfer)?;
         let local = |path: &&String| !path.starts_with("http://") && !path.starts_with("https://");
-        let used: Vec<String> = transfer.paths.sources.iter().filter(local).map(|p| join_path("/", p)).collect();
+        let used: Vec<String> = transfer
+            .paths
+            .sources
+            .iter()
+            .filter(local)
+            .map(|p| join_path("/", p))
+            .collect();
         self.table.stages[step.stage].context_paths.extend(used);
         Ok(())
     }
@@ -105,12 +111,19 @@ impl<B: Bridge> Conversion<'_, B> {
 
     fn expand_paths(&self, step: &Step<'_>, paths: &Paths) -> Result<Paths, DockerfileError> {
         let mut out = Paths {
-            sources: paths.sources.iter().map(|p| self.expand(step, p)).collect::<Result<_, _>>()?,
+            sources: paths
+                .sources
+                .iter()
+                .map(|p| self.expand(step, p))
+                .collect::<Result<_, _>>()?,
             destination: self.expand(step, &paths.destination)?,
             contents: paths.contents.clone(),
         };
         // Quotes mean nothing inside a document, and the escape character is always the backslash.
-        let expander = Expander { ignore_quotes: true, ..Expander::default() };
+        let expander = Expander {
+            ignore_quotes: true,
+            ..Expander::default()
+        };
         for content in out.contents.iter_mut().filter(|c| c.expand) {
             let text = lossy(&content.data).into_owned();
             content.data = self.expand_with(step, expander, &text)?.text.into_bytes();
@@ -124,7 +137,13 @@ impl<B: Bridge> Conversion<'_, B> {
         let platform = stage.platform.clone();
         let os = platform.as_ref().map_or("", |p| p.os.as_str());
         let dest = destination(&stage.state.around().dir, &transfer.paths.destination, os)?;
-        let mut base = CopyAction { dest, mode: -1, timestamp: -1, create_dest_path: true, ..CopyAction::default() };
+        let mut base = CopyAction {
+            dest,
+            mode: -1,
+            timestamp: -1,
+            create_dest_path: true,
+            ..CopyAction::default()
+        };
         base.exclude_patterns = transfer.exclude.to_vec();
         if !transfer.chmod.is_empty() {
             match chmod::parse(&transfer.chmod).map_err(DockerfileError::new)? {
@@ -161,7 +180,13 @@ impl<B: Bridge> Conversion<'_, B> {
                         return Err(DockerfileError::new("source can't be a git ref for COPY"));
                     }
                     let state = repository(*git, &mut keep_git_dir, &mut checksum, &name)?;
-                    (state, CopyAction { src: "/".to_owned(), ..base.clone() })
+                    (
+                        state,
+                        CopyAction {
+                            src: "/".to_owned(),
+                            ..base.clone()
+                        },
+                    )
                 }
                 _ if path.starts_with("http://") || path.starts_with("https://") => {
                     if !transfer.is_add {
@@ -172,14 +197,25 @@ impl<B: Bridge> Conversion<'_, B> {
                         Constraints::named(name.clone()).described("com.docker.dockerfile.v1.command", String::new());
                     let state = source::http(path, &file, &digest(&checksum)?, about);
                     let attempt_unpack = transfer.unpack.unwrap_or(false);
-                    (state, CopyAction { src: file, attempt_unpack, ..base.clone() })
+                    (
+                        state,
+                        CopyAction {
+                            src: file,
+                            attempt_unpack,
+                            ..base.clone()
+                        },
+                    )
                 }
                 _ => {
                     self.report_ignored(step, transfer, path);
                     (transfer.from.clone(), local_copy(transfer, path, os, &base)?)
                 }
             };
-            steps.push(FileStep::Copy { from, copy: Box::new(copy), owner: owner.clone() });
+            steps.push(FileStep::Copy {
+                from,
+                copy: Box::new(copy),
+                owner: owner.clone(),
+            });
         }
         for content in &transfer.paths.contents {
             history.push_str(" <<");
@@ -187,11 +223,24 @@ impl<B: Bridge> Conversion<'_, B> {
             let file = files::without_drive(&content.name, os, false)
                 .map_err(|e| DockerfileError::new(format!("removing drive letter: {e}")))?;
             let data = content.data.clone().into();
-            let mkfile = FileStep::MkFile { path: file.clone(), mode: 0o644, data, owner: None, timestamp: -1 };
+            let mkfile = FileStep::MkFile {
+                path: file.clone(),
+                mode: 0o644,
+                data,
+                owner: None,
+                timestamp: -1,
+            };
             let about = Constraints::named("[internal] preparing inline document");
             let from = State::scratch().file(vec![mkfile], about);
-            let copy = Box::new(CopyAction { src: files::to_slash(&file, os), ..base.clone() });
-            steps.push(FileStep::Copy { from, copy, owner: owner.clone() });
+            let copy = Box::new(CopyAction {
+                src: files::to_slash(&file, os),
+                ..base.clone()
+            });
+            steps.push(FileStep::Copy {
+                from,
+                copy,
+                owner: owner.clone(),
+            });
         }
         history.push(' ');
         history.push_str(&transfer.paths.destination);
@@ -214,10 +263,17 @@ impl<B: Bridge> Conversion<'_, B> {
         self.table.stages[step.stage].step -= usize::from(self.table.stages[step.stage].step > 0);
         let platform = self.table.stages[step.stage].platform.clone();
         let merge_name = self.step_name(step.stage, &format!("LINK {text}"), platform.as_ref(), true);
-        let group = ProgressGroup { id: random_id(), name: name.to_owned(), weak: true };
+        let group = ProgressGroup {
+            id: random_id(),
+            name: name.to_owned(),
+            weak: true,
+        };
         let mut merge_about = about.clone();
         merge_about.description.insert("llb.customname".to_owned(), merge_name);
-        merge_about.progress_group = Some(ProgressGroup { weak: false, ..group.clone() });
+        merge_about.progress_group = Some(ProgressGroup {
+            weak: false,
+            ..group.clone()
+        });
         about.progress_group = Some(group);
         let stage = &mut self.table.stages[step.stage];
         let linked = State::scratch().file(steps, about);
@@ -225,7 +281,11 @@ impl<B: Bridge> Conversion<'_, B> {
     }
 
     fn report_ignored(&self, step: &Step<'_>, transfer: &Transfer<'_>, path: &str) {
-        let Some(matcher) = self.ignored.as_ref().filter(|m| transfer.from_context && !m.has_exclusions()) else {
+        let Some(matcher) = self
+            .ignored
+            .as_ref()
+            .filter(|m| transfer.from_context && !m.has_exclusions())
+        else {
             return;
         };
         let clean = clean_path(path);
@@ -235,7 +295,10 @@ impl<B: Bridge> Conversion<'_, B> {
         if matcher.matches(clean.as_bytes()) {
             step.lint.report(&lint::COPY_IGNORED_FILE, step.instruction.span, || {
                 let verb = if transfer.is_add { "Add" } else { "Copy" };
-                format!("Attempting to {verb} file {} that is excluded by .dockerignore", quote(&clean))
+                format!(
+                    "Attempting to {verb} file {} that is excluded by .dockerignore",
+                    quote(&clean)
+                )
             });
         }
     }
@@ -272,7 +335,9 @@ fn digest(text: &str) -> Result<String, DockerfileError> {
         return Ok(String::new());
     }
     let bad = |what: &str| Err(DockerfileError::new(format!("invalid checksum digest {what}")));
-    let Some((algorithm, hex)) = text.split_once(':') else { return bad("format") };
+    let Some((algorithm, hex)) = text.split_once(':') else {
+        return bad("format");
+    };
     let part = |p: &str| !p.is_empty() && p.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
     let encoded = |b: u8| b.is_ascii_alphanumeric() || b"=_-".contains(&b);
     if !algorithm.split(['+', '.', '_', '-']).all(part) || hex.is_empty() || !hex.bytes().all(encoded) {
@@ -314,16 +379,15 @@ fn repository(
         checksum.clone_from(&git.checksum);
     }
     let keep = *keep_git_dir == Some(true);
-    let git = GitRef { checksum: checksum.clone(), mtime: String::new(), ..git };
+    let git = GitRef {
+        checksum: checksum.clone(),
+        mtime: String::new(),
+        ..git
+    };
     Ok(source::git(&git, keep, Constraints::named(name)))
 }
 
-fn local_copy(
-    transfer: &Transfer<'_>,
-    path: &str,
-    os: &str,
-    base: &CopyAction,
-) -> Result<CopyAction, DockerfileError> {
+fn local_copy(transfer: &Transfer<'_>, path: &str, os: &str, base: &CopyAction) -> Result<CopyAction, DockerfileError> {
     let wrap = |e: String| DockerfileError::new(format!("removing drive letter: {e}"));
     let mut copy = CopyAction {
         follow_symlink: true,

@@ -33,13 +33,17 @@ const MAX_COMPARISONS: usize = 2_000_000;
 
 impl Default for Budget {
     fn default() -> Self {
-        Self { left: AtomicUsize::new(MAX_PRODUCED), comparisons: AtomicUsize::new(MAX_COMPARISONS) }
+        Self {
+            left: AtomicUsize::new(MAX_PRODUCED),
+            comparisons: AtomicUsize::new(MAX_COMPARISONS),
+        }
     }
 }
 
 /// Takes `amount` out of what is left; `false` if it is not there.
 fn take(left: &AtomicUsize, amount: usize) -> bool {
-    left.fetch_update(Relaxed, Relaxed, |left| left.checked_sub(amount)).is_ok()
+    left.fetch_update(Relaxed, Relaxed, |left| left.checked_sub(amount))
+        .is_ok()
 }
 
 impl Budget {
@@ -49,7 +53,9 @@ impl Budget {
             return Ok(());
         }
         let limit = MAX_PRODUCED >> 20;
-        Err(DockerfileError::new(format!("the Dockerfile stands for a build whose description exceeds {limit} MiB")))
+        Err(DockerfileError::new(format!(
+            "the Dockerfile stands for a build whose description exceeds {limit} MiB"
+        )))
     }
 
     /// Whether `count` more options may be compared.
@@ -78,7 +84,10 @@ pub(super) fn long(p: &Platform) -> String {
         system.push('+');
         system.push_str(feature);
     }
-    short(&Platform { os: format!("{}({system})", p.os), ..p.clone() })
+    short(&Platform {
+        os: format!("{}({system})", p.os),
+        ..p.clone()
+    })
 }
 
 impl<B: Bridge> Conversion<'_, B> {
@@ -88,10 +97,7 @@ impl<B: Bridge> Conversion<'_, B> {
     }
 
     /// Sets the environment of FROM lines and returns what is known of each argument.
-    pub(super) fn set_global_args(
-        &mut self,
-        file: &Dockerfile,
-    ) -> Result<BTreeMap<String, ArgInfo>, DockerfileError> {
+    pub(super) fn set_global_args(&mut self, file: &Dockerfile) -> Result<BTreeMap<String, ArgInfo>, DockerfileError> {
         let target = match self.client.options.target.as_str() {
             "" => file.stages.last().map(|s| s.name.clone()).unwrap_or_default(),
             target => target.to_owned(),
@@ -165,10 +171,15 @@ impl<B: Bridge> Conversion<'_, B> {
 
     fn lint_default_bases(&self, stages: &[Stage], defaults: &EnvList) {
         for stage in stages {
-            let Ok(base) = self.expander().text(&stage.base, defaults) else { return };
+            let Ok(base) = self.expander().text(&stage.base, defaults) else {
+                return;
+            };
             if ImageRef::parse(&base).is_err() {
                 self.linter.report(&lint::INVALID_DEFAULT_ARG_IN_FROM, stage.span, || {
-                    format!("Default value for ARG {} results in empty or invalid base image name", stage.base)
+                    format!(
+                        "Default value for ARG {} results in empty or invalid base image name",
+                        stage.base
+                    )
                 });
             }
         }

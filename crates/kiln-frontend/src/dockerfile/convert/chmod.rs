@@ -11,15 +11,18 @@ pub(super) enum Mode {
 
 /// Reads a mode.
 pub(super) fn parse(text: &str) -> Result<Mode, String> {
-    let octal =
-        || format!("invalid chmod parameter: '{text}'. it should be octal string and between 0 and 07777");
+    let octal = || format!("invalid chmod parameter: '{text}'. it should be octal string and between 0 and 07777");
     if text.starts_with(|c: char| c.is_ascii_digit()) {
         return match u32::from_str_radix(text, 8) {
             Ok(bits) if bits <= 0o7777 => Ok(Mode::Bits(bits)),
             _ => Err(octal()),
         };
     }
-    if is_symbolic(text) { Ok(Mode::Symbolic(text.to_owned())) } else { Err("invalid syntax".to_owned()) }
+    if is_symbolic(text) {
+        Ok(Mode::Symbolic(text.to_owned()))
+    } else {
+        Err("invalid syntax".to_owned())
+    }
 }
 
 /// Whether a text is a list of clauses `[ugoa…][+-=][rwxXstugo…]…`.
@@ -30,7 +33,9 @@ fn is_symbolic(text: &str) -> bool {
             return false;
         }
         while !rest.is_empty() {
-            let Some(after) = rest.strip_prefix(['+', '-', '=']) else { return false };
+            let Some(after) = rest.strip_prefix(['+', '-', '=']) else {
+                return false;
+            };
             rest = after.trim_start_matches(['r', 'w', 'x', 'X', 's', 't', 'u', 'g', 'o']);
         }
         true
@@ -49,7 +54,8 @@ mod tests {
             assert_eq!(parse(text), Ok(Mode::Symbolic(text.into())), "{text}");
         }
         for text in ["9", "10000", "7a", "755 "] {
-            let message = format!("invalid chmod parameter: '{text}'. it should be octal string and between 0 and 07777");
+            let message =
+                format!("invalid chmod parameter: '{text}'. it should be octal string and between 0 and 07777");
             assert_eq!(parse(text), Err(message));
         }
         for text in ["x", "u", "u+x,", "+7", "-1"] {

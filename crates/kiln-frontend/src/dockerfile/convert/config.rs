@@ -22,17 +22,22 @@ impl<B: Bridge> Conversion<'_, B> {
     fn expanded(&self, step: &Step<'_>, pairs: &[Pair]) -> Result<Vec<Pair>, DockerfileError> {
         // All of them see the environment from before the instruction.
         let expand = |pair: &Pair| {
-            Ok(Pair { key: self.expand(step, &pair.key)?, value: self.expand(step, &pair.value)?, legacy: pair.legacy })
+            Ok(Pair {
+                key: self.expand(step, &pair.key)?,
+                value: self.expand(step, &pair.value)?,
+                legacy: pair.legacy,
+            })
         };
         pairs.iter().map(expand).collect()
     }
 
     fn report_legacy(&self, step: &Step<'_>, pair: &Pair) {
         if pair.legacy {
-            step.lint.report(&lint::LEGACY_KEY_VALUE_FORMAT, step.instruction.span, || {
-                let keyword = &step.instruction.keyword;
-                format!("\"{keyword} key=value\" should be used instead of legacy \"{keyword} key value\" format")
-            });
+            step.lint
+                .report(&lint::LEGACY_KEY_VALUE_FORMAT, step.instruction.span, || {
+                    let keyword = &step.instruction.keyword;
+                    format!("\"{keyword} key=value\" should be used instead of legacy \"{keyword} key value\" format")
+                });
         }
     }
 
@@ -58,7 +63,11 @@ impl<B: Bridge> Conversion<'_, B> {
             self.report_legacy(step, &pair);
             text.push(' ');
             text.push_str(&shown(&pair));
-            self.table.stages[step.stage].image.config.labels.insert(pair.key, pair.value);
+            self.table.stages[step.stage]
+                .image
+                .config
+                .labels
+                .insert(pair.key, pair.value);
         }
         self.commit(step.stage, text, false)
     }
@@ -80,11 +89,12 @@ impl<B: Bridge> Conversion<'_, B> {
         }
         let image = &self.table.stages[step.stage].image;
         if image.config.shell.is_empty() {
-            step.lint.report(&lint::JSON_ARGS_RECOMMENDED, step.instruction.span, || {
-                let keyword = &step.instruction.keyword;
-                let why = "to prevent unintended behavior related to OS signals";
-                format!("JSON arguments recommended for {keyword} {why}")
-            });
+            step.lint
+                .report(&lint::JSON_ARGS_RECOMMENDED, step.instruction.span, || {
+                    let keyword = &step.instruction.keyword;
+                    let why = "to prevent unintended behavior related to OS signals";
+                    format!("JSON arguments recommended for {keyword} {why}")
+                });
         }
         in_shell(image, &command.args)
     }
@@ -101,7 +111,9 @@ impl<B: Bridge> Conversion<'_, B> {
     }
 
     pub(super) fn entrypoint(&mut self, step: &Step<'_>, command: &CommandLine) -> Result<(), DockerfileError> {
-        let earlier = self.table.stages[step.stage].last_entrypoint.replace(step.instruction.span);
+        let earlier = self.table.stages[step.stage]
+            .last_entrypoint
+            .replace(step.instruction.span);
         self.report_repeated(step, earlier);
         let words = self.command_words(step, command);
         let text = format!("ENTRYPOINT {}", quote_list(&words));
@@ -115,7 +127,9 @@ impl<B: Bridge> Conversion<'_, B> {
     }
 
     pub(super) fn healthcheck(&mut self, step: &Step<'_>, check: &Healthcheck) -> Result<(), DockerfileError> {
-        let earlier = self.table.stages[step.stage].last_healthcheck.replace(step.instruction.span);
+        let earlier = self.table.stages[step.stage]
+            .last_healthcheck
+            .replace(step.instruction.span);
         self.report_repeated(step, earlier);
         let text = format!(
             "HEALTHCHECK {{Test:{} Interval:{} Timeout:{} StartPeriod:{} StartInterval:{} Retries:{}}}",
@@ -151,7 +165,10 @@ impl<B: Bridge> Conversion<'_, B> {
     }
 
     pub(super) fn volume(&mut self, step: &Step<'_>, volumes: &[String]) -> Result<(), DockerfileError> {
-        let volumes = volumes.iter().map(|v| self.expand(step, v)).collect::<Result<Vec<_>, _>>()?;
+        let volumes = volumes
+            .iter()
+            .map(|v| self.expand(step, v))
+            .collect::<Result<Vec<_>, _>>()?;
         if volumes.iter().any(String::is_empty) {
             return Err(DockerfileError::new("VOLUME specified can not be an empty string"));
         }
@@ -166,7 +183,11 @@ impl<B: Bridge> Conversion<'_, B> {
         if !is_signal(&signal) {
             return Err(DockerfileError::new(format!("invalid signal: {signal}")));
         }
-        self.table.stages[step.stage].image.config.stop_signal.clone_from(&signal);
+        self.table.stages[step.stage]
+            .image
+            .config
+            .stop_signal
+            .clone_from(&signal);
         self.commit(step.stage, format!("STOPSIGNAL {signal}"), false)
     }
 
@@ -221,7 +242,9 @@ const SIGNALS: &[&str] = &[
 static REAL_TIME_SIGNALS: LazyLock<Vec<String>> = LazyLock::new(|| {
     let low = (1..=15).map(|n| format!("RTMIN+{n}"));
     let high = (1..=14).map(|n| format!("RTMAX-{n}"));
-    low.chain(high).chain(["RTMIN".to_owned(), "RTMAX".to_owned()]).collect()
+    low.chain(high)
+        .chain(["RTMIN".to_owned(), "RTMAX".to_owned()])
+        .collect()
 });
 
 /// Whether a text names a signal: a number other than 0, or a name with or without `SIG` in any case.

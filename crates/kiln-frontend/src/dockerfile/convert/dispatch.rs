@@ -1,6 +1,5 @@
 //! The walk over the stages: each begins with its base, then its instructions apply one by one.
 
-
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
@@ -9,7 +8,7 @@ use kiln_oci::HistoryEntry;
 
 use super::table::Command;
 use super::{Bridge, Conversion};
-use crate::dockerfile::expand::{Expander, Expansion, ExpandError};
+use crate::dockerfile::expand::{ExpandError, Expander, Expansion};
 use crate::dockerfile::instruction::{Argument, Instruction, Kind};
 use crate::dockerfile::lint::{self, LintScope};
 use crate::dockerfile::suggest::nearest;
@@ -59,7 +58,11 @@ impl<B: Bridge> Conversion<'_, B> {
         let options = &self.client.options;
         let stage = &mut self.table.stages[index];
         stage.dispatched = true;
-        let os = stage.platform.get_or_insert_with(|| self.target_platform.clone()).os.clone();
+        let os = stage
+            .platform
+            .get_or_insert_with(|| self.target_platform.clone())
+            .os
+            .clone();
         stage.image.ensure_path(&os);
         let around = stage.state.around_mut();
         for entry in &stage.image.config.env {
@@ -84,9 +87,8 @@ impl<B: Bridge> Conversion<'_, B> {
     fn note_scans(&mut self, index: usize) {
         for name in NOT_IN_ENV {
             let stage = &self.table.stages[index];
-            let enabled = |value: &str| {
-                parse_bool(value).unwrap_or_else(|| value.split(',').any(|name| name == stage.label))
-            };
+            let enabled =
+                |value: &str| parse_bool(value).unwrap_or_else(|| value.split(',').any(|name| name == stage.label));
             let mut on = self.global_args.get(name).is_some_and(enabled);
             if let Some(Some(value)) = stage.args.get(*name) {
                 on = enabled(value);
@@ -105,7 +107,12 @@ impl<B: Bridge> Conversion<'_, B> {
         let linter = self.linter;
         self.table.stages[index].in_trigger = command.trigger;
         let lint = linter.scope(&instruction.comments);
-        let step = Step { stage: index, instruction: &instruction, sources: &command.sources, lint };
+        let step = Step {
+            stage: index,
+            instruction: &instruction,
+            sources: &command.sources,
+            lint,
+        };
         match &instruction.kind {
             Kind::Env(pairs) => self.env(&step, pairs),
             Kind::Label(pairs) => self.label(&step, pairs),
@@ -160,13 +167,16 @@ impl<B: Bridge> Conversion<'_, B> {
             Err(error) => &error.unmatched,
         };
         let stage = &self.table.stages[step.stage];
-        let undeclared = |name: &&String| {
-            !NOT_IN_ENV.contains(&name.as_str()) && !stage.args.contains_key(name.as_str())
-        };
+        let undeclared =
+            |name: &&String| !NOT_IN_ENV.contains(&name.as_str()) && !stage.args.contains_key(name.as_str());
         for name in unmatched.iter().filter(undeclared) {
             step.lint.report(&lint::UNDEFINED_VAR, step.instruction.span, || {
                 let env = self.env_of(step.stage);
-                let hint = if self.budget.may_compare(env.len()) { nearest(name, env.iter().map(|(k, _)| k)) } else { None };
+                let hint = if self.budget.may_compare(env.len()) {
+                    nearest(name, env.iter().map(|(k, _)| k))
+                } else {
+                    None
+                };
                 let hint = hint.map(|h| format!(" (did you mean ${h}?)")).unwrap_or_default();
                 format!("Usage of undefined variable '${name}'{hint}")
             });
@@ -231,11 +241,11 @@ impl<B: Bridge> Conversion<'_, B> {
     /// Reports a variable whose name sounds like a secret.
     pub(super) fn report_secret(&self, step: &Step<'_>, keyword: &str, name: &str) {
         if lint::sounds_secret(name) {
-            step.lint.report(&lint::SECRETS_USED_IN_ARG_OR_ENV, step.instruction.span, || {
-                let name = crate::gotext::quote(name);
-                format!("Do not use ARG or ENV instructions for sensitive data ({keyword} {name})")
-            });
+            step.lint
+                .report(&lint::SECRETS_USED_IN_ARG_OR_ENV, step.instruction.span, || {
+                    let name = crate::gotext::quote(name);
+                    format!("Do not use ARG or ENV instructions for sensitive data ({keyword} {name})")
+                });
         }
     }
 }
-

@@ -19,11 +19,16 @@ const NAME: &str = "SOURCE_DATE_EPOCH";
 impl<B: Bridge> Conversion<'_, B> {
     /// Finds the moment and puts its number in place of whatever the argument said.
     pub(super) async fn resolve_epoch(&mut self, file: &Dockerfile) -> Result<(), DockerfileError> {
-        let Some(value) = self.global_value(NAME) else { return Ok(()) };
+        let Some(value) = self.global_value(NAME) else {
+            return Ok(());
+        };
         self.epoch = match value.parse::<i64>() {
             Ok(seconds) => Some(Timestamp::new(seconds, 0)),
             Err(_) if value.is_empty() => None,
-            Err(_) => self.epoch_of_source(&value, file).await?.map(|seconds| Timestamp::new(seconds, 0)),
+            Err(_) => self
+                .epoch_of_source(&value, file)
+                .await?
+                .map(|seconds| Timestamp::new(seconds, 0)),
         };
         let number = self.epoch.map(|t| t.seconds().to_string()).unwrap_or_default();
         self.replace_global(NAME, &number);
@@ -33,7 +38,9 @@ impl<B: Bridge> Conversion<'_, B> {
     async fn epoch_of_source(&self, value: &str, file: &Dockerfile) -> Result<Option<i64>, DockerfileError> {
         if value == "context" {
             let state = self.client.main_context(&[]).await?;
-            return self.date_of(&state, "[internal] resolve main build context metadata").await;
+            return self
+                .date_of(&state, "[internal] resolve main build context metadata")
+                .await;
         }
         if let Some(context) = self.client.named_context(value, None)? {
             let loaded = context.load(self.client).await?;
@@ -43,7 +50,10 @@ impl<B: Bridge> Conversion<'_, B> {
             let name = format!("[internal] resolve SOURCE_DATE_EPOCH named context {value}");
             return self.date_of(&loaded.state, &name).await;
         }
-        let stage = file.stages.iter().find(|s| s.name.to_lowercase() == value.to_lowercase());
+        let stage = file
+            .stages
+            .iter()
+            .find(|s| s.name.to_lowercase() == value.to_lowercase());
         let Some(stage) = stage else {
             return Err(DockerfileError::new(format!("invalid SOURCE_DATE_EPOCH: {value}")));
         };
@@ -78,7 +88,9 @@ impl<B: Bridge> Conversion<'_, B> {
                 _ => {
                     let why = "does not meet source-only requirements: unsupported";
                     let keyword = &instruction.keyword;
-                    return Err(DockerfileError::new(format!("SOURCE_DATE_EPOCH stage {why} {keyword} instruction")));
+                    return Err(DockerfileError::new(format!(
+                        "SOURCE_DATE_EPOCH stage {why} {keyword} instruction"
+                    )));
                 }
             }
         }
@@ -87,7 +99,9 @@ impl<B: Bridge> Conversion<'_, B> {
 
     fn remote_add(&self, add: &Add, env: &kiln_llb::EnvList) -> Result<State, DockerfileError> {
         let ([path], true) = (add.paths.sources.as_slice(), add.paths.contents.is_empty()) else {
-            return Err(DockerfileError::new("SOURCE_DATE_EPOCH stage must contain exactly one remote ADD source"));
+            return Err(DockerfileError::new(
+                "SOURCE_DATE_EPOCH stage must contain exactly one remote ADD source",
+            ));
         };
         let path = self.expander().text(path, env)?;
         let checksum = self.expander().text(&add.checksum, env)?;
@@ -95,35 +109,57 @@ impl<B: Bridge> Conversion<'_, B> {
             Detected::Invalid(message) => Err(DockerfileError::new(message)),
             Detected::Git(git) if !git.looks_local => {
                 let keep = add.keep_git_dir == Some(true) || git.keep_git_dir == Some(true);
-                let checksum = if checksum.is_empty() { git.checksum.clone() } else { checksum };
-                let git = GitRef { checksum, mtime: String::new(), fetch_by_commit: false, ..*git };
+                let checksum = if checksum.is_empty() {
+                    git.checksum.clone()
+                } else {
+                    checksum
+                };
+                let git = GitRef {
+                    checksum,
+                    mtime: String::new(),
+                    fetch_by_commit: false,
+                    ..*git
+                };
                 Ok(source::git(&git, keep, Constraints::default()))
             }
             _ if path.starts_with("http://") || path.starts_with("https://") => {
                 let name = git_ref::url_file_name(&path).unwrap_or_else(|| "__unnamed__".to_owned());
                 Ok(source::http(&path, &name, &checksum, Constraints::default()))
             }
-            _ => Err(DockerfileError::new("SOURCE_DATE_EPOCH stage source must be a single HTTP(S) or Git ADD")),
+            _ => Err(DockerfileError::new(
+                "SOURCE_DATE_EPOCH stage source must be a single HTTP(S) or Git ADD",
+            )),
         }
     }
 
     /// When a source was made: committed, last modified, or the newest file of an archive.
     async fn date_of(&self, state: &State, log_name: &str) -> Result<Option<i64>, DockerfileError> {
-        let Some(spec) = single_source(state)? else { return Ok(None) };
+        let Some(spec) = single_source(state)? else {
+            return Ok(None);
+        };
         let is_git = spec.identifier.starts_with("git://");
         let is_http = spec.identifier.starts_with("http://") || spec.identifier.starts_with("https://");
         if !is_git && !is_http {
             return Ok(None);
         }
-        let meta = self.client.bridge.resolve_source_meta(spec.clone(), log_name, is_git).await?;
+        let meta = self
+            .client
+            .bridge
+            .resolve_source_meta(spec.clone(), log_name, is_git)
+            .await?;
         if let Some(commit) = meta.git_commit_object.filter(|c| !c.is_empty()) {
             return committed(&commit).map(Some);
         }
         if meta.http_last_modified.is_some() {
             return Ok(meta.http_last_modified);
         }
-        let Some(file) = spec.attrs.get("http.filename").filter(|_| is_http) else { return Ok(None) };
-        let op = SourceOp { identifier: spec.identifier.clone(), attrs: spec.attrs.clone() };
+        let Some(file) = spec.attrs.get("http.filename").filter(|_| is_http) else {
+            return Ok(None);
+        };
+        let op = SourceOp {
+            identifier: spec.identifier.clone(),
+            attrs: spec.attrs.clone(),
+        };
         newest_file(self.client, &State::source(op, Constraints::default()), file).await
     }
 }
@@ -148,7 +184,10 @@ fn single_source(state: &State) -> Result<Option<SourceSpec>, DockerfileError> {
             if found.is_some() {
                 return Ok(None);
             }
-            found = Some(SourceSpec { identifier: source.identifier, attrs: source.attrs });
+            found = Some(SourceSpec {
+                identifier: source.identifier,
+                attrs: source.attrs,
+            });
         }
     }
     Ok(found)
@@ -165,7 +204,10 @@ async fn newest_file<B: Bridge>(
 ) -> Result<Option<i64>, DockerfileError> {
     let wrap = |e: kiln_llb::LlbError| DockerfileError::new(e.to_string());
     let reference = client.solve(state.marshal(None).map_err(wrap)?, false).await?;
-    let head = client.bridge.read_file(reference.as_ref(), file, Some((0, 1024))).await?;
+    let head = client
+        .bridge
+        .read_file(reference.as_ref(), file, Some((0, 1024)))
+        .await?;
     if !source::is_archive(&head) {
         return Ok(None);
     }

@@ -77,7 +77,11 @@ fn parse(text: &str, look: impl FnOnce(&str, bool)) -> Result<Spec, String> {
     let address = match ip.strip_prefix('[') {
         Some(rest) => match rest.strip_suffix(']') {
             Some(inner) => inner,
-            None => return Err(format!("invalid IP address {ip}: address {ip}:: missing ']' in address")),
+            None => {
+                return Err(format!(
+                    "invalid IP address {ip}: address {ip}:: missing ']' in address"
+                ));
+            }
         },
         None => &ip,
     };
@@ -88,10 +92,16 @@ fn parse(text: &str, look: impl FnOnce(&str, bool)) -> Result<Spec, String> {
     if !host.is_empty() {
         let on_host = port_range(host).ok_or_else(|| format!("invalid hostPort: {host}"))?;
         if range.1 - range.0 != on_host.1 - on_host.0 && range.0 != range.1 {
-            return Err(format!("invalid ranges specified for container and host Ports: {port} and {host}"));
+            return Err(format!(
+                "invalid ranges specified for container and host Ports: {port} and {host}"
+            ));
         }
     }
-    Ok(Spec { range, protocol: protocol.to_lowercase(), mapped })
+    Ok(Spec {
+        range,
+        protocol: protocol.to_lowercase(),
+        mapped,
+    })
 }
 
 fn port_range(text: &str) -> Option<(u16, u16)> {
@@ -122,7 +132,10 @@ mod tests {
             ("/tcp", "invalid port: \"/tcp\": no port specified"),
             ("x:1:80", "invalid IP address: x"),
             ("x:80", "invalid hostPort: x"),
-            ("80-82:90-91", "invalid ranges specified for container and host Ports: 90-91 and 80-82"),
+            (
+                "80-82:90-91",
+                "invalid ranges specified for container and host Ports: 90-91 and 80-82",
+            ),
         ] {
             assert_eq!(spec(text).unwrap_err(), message, "{text}");
         }

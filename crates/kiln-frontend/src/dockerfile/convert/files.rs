@@ -6,12 +6,20 @@ const WINDOWS: &str = "windows";
 
 /// The path with forward slashes.
 pub(super) fn to_slash(path: &str, os: &str) -> String {
-    if os == WINDOWS { path.replace('\\', "/") } else { path.to_owned() }
+    if os == WINDOWS {
+        path.replace('\\', "/")
+    } else {
+        path.to_owned()
+    }
 }
 
 /// The path with the separators of `os`.
 pub(super) fn from_slash(path: &str, os: &str) -> String {
-    if os == WINDOWS { path.replace('/', "\\") } else { path.to_owned() }
+    if os == WINDOWS {
+        path.replace('/', "\\")
+    } else {
+        path.to_owned()
+    }
 }
 
 /// Checks that a Windows path is on the system drive and takes the drive off; on other systems nothing happens.
@@ -49,7 +57,11 @@ pub(super) fn normalize(parent: &str, path: &str, os: &str, keep_slash: bool) ->
     let wrap = |e: String| format!("removing drive letter: {e}");
     let path = to_slash(path, os);
     let parent = without_drive(if parent.is_empty() { "/" } else { parent }, os, keep_slash).map_err(wrap)?;
-    let parent = if parent.starts_with('/') { parent } else { join_path("/", &parent) };
+    let parent = if parent.starts_with('/') {
+        parent
+    } else {
+        join_path("/", &parent)
+    };
     let given = if path.is_empty() { &parent } else { &path };
     let mut result = without_drive(given, os, keep_slash).map_err(wrap)?;
     if !result.starts_with('/') {

@@ -106,7 +106,10 @@ pub(crate) async fn convert<B: Bridge>(
         return Err(DockerfileError::new("dockerfile contains no stages to build"));
     }
     file.lint_names(request.linter);
-    let target_platform = request.platform.clone().unwrap_or_else(|| client.build_platform.clone());
+    let target_platform = request
+        .platform
+        .clone()
+        .unwrap_or_else(|| client.build_platform.clone());
     let mut conversion = Conversion {
         client,
         request,
@@ -182,7 +185,12 @@ impl<B: Bridge> Conversion<'_, B> {
         if stage.scan_context {
             scan.insert("context".to_owned(), self.context.state());
         }
-        for other in reachable.into_iter().filter(|&i| i != target).map(|i| &stages[i]).filter(|s| s.scan_stage) {
+        for other in reachable
+            .into_iter()
+            .filter(|&i| i != target)
+            .map(|i| &stages[i])
+            .filter(|s| s.scan_stage)
+        {
             scan.insert(other.label.clone(), other.state.clone());
             ignore_cache |= other.ignore_cache;
         }

@@ -61,10 +61,14 @@ impl<B: Bridge> Conversion<'_, B> {
         if target == "/" {
             return Err(DockerfileError::new(format!("invalid mount target {}", quote(&target))));
         }
-        let mut out = MountSpec { target, source: files, readonly: mount.readonly, ..MountSpec::default() };
-        out.no_output = !mount.readonly
-            && mount.kind == MountKind::Bind
-            && self.client.has("exec.mount.bind.readwrite-nooutput");
+        let mut out = MountSpec {
+            target,
+            source: files,
+            readonly: mount.readonly,
+            ..MountSpec::default()
+        };
+        out.no_output =
+            !mount.readonly && mount.kind == MountKind::Bind && self.client.has("exec.mount.bind.readwrite-nooutput");
         if mount.kind == MountKind::Tmpfs {
             out.tmpfs = Some(mount.size);
         }
@@ -74,7 +78,11 @@ impl<B: Bridge> Conversion<'_, B> {
                 "locked" => CacheSharing::Locked,
                 _ => CacheSharing::Shared,
             };
-            let id = if mount.id.is_empty() { clean_path(&mount.target) } else { mount.id.clone() };
+            let id = if mount.id.is_empty() {
+                clean_path(&mount.target)
+            } else {
+                mount.id.clone()
+            };
             let id = format!("{}/{id}", self.client.options.cache_mount_namespace);
             out.cache = Some(CacheMountOpt { id, sharing });
         }
@@ -101,8 +109,16 @@ impl<B: Bridge> Conversion<'_, B> {
             (target, _) => Some(target.to_owned()),
         };
         let (uid, gid, mode) = owner_and_mode(mount, 0o400);
-        let needed = Requirement { name: id.clone(), required: mount.required, span: step.instruction.span };
-        self.table.stages[step.stage].capture.secrets.entry(id.clone()).or_insert(needed);
+        let needed = Requirement {
+            name: id.clone(),
+            required: mount.required,
+            span: step.instruction.span,
+        };
+        self.table.stages[step.stage]
+            .capture
+            .secrets
+            .entry(id.clone())
+            .or_insert(needed);
         Ok(SecretSpec {
             target: path.map(|path| SecretMountTarget { path, uid, gid, mode }),
             id,
@@ -115,23 +131,53 @@ impl<B: Bridge> Conversion<'_, B> {
         if !mount.source.is_empty() {
             return Err(DockerfileError::new("ssh does not support source"));
         }
-        let name = if mount.id.is_empty() { "default".to_owned() } else { mount.id.clone() };
-        let needed = Requirement { name: name.clone(), required: mount.required, span: step.instruction.span };
+        let name = if mount.id.is_empty() {
+            "default".to_owned()
+        } else {
+            mount.id.clone()
+        };
+        let needed = Requirement {
+            name: name.clone(),
+            required: mount.required,
+            span: step.instruction.span,
+        };
         self.table.stages[step.stage].capture.ssh.entry(name).or_insert(needed);
         let (uid, gid, mode) = owner_and_mode(mount, 0o600);
-        let opt = SshMountOpt { id: mount.id.clone(), uid, gid, mode, optional: !mount.required };
-        Ok(SshSpec { target: mount.target.clone(), opt })
+        let opt = SshMountOpt {
+            id: mount.id.clone(),
+            uid,
+            gid,
+            mode,
+            optional: !mount.required,
+        };
+        Ok(SshSpec {
+            target: mount.target.clone(),
+            opt,
+        })
     }
 }
 
 fn owner_and_mode(mount: &Mount, mode: u32) -> (u32, u32, u32) {
-    (mount.uid.unwrap_or(0), mount.gid.unwrap_or(0), mount.mode.unwrap_or(mode))
+    (
+        mount.uid.unwrap_or(0),
+        mount.gid.unwrap_or(0),
+        mount.mode.unwrap_or(mode),
+    )
 }
 
 /// A cache begins with a directory of the owner and mode asked for.
 fn owned_directory(base: &State, mount: &Mount) -> State {
     let (uid, gid, mode) = owner_and_mode(mount, 0o755);
     let owner = Some(Owner::ids(uid, gid));
-    let mkdir = FileStep::MkDir { path: "/cache".to_owned(), mode, make_parents: false, owner, timestamp: -1 };
-    base.file(vec![mkdir], Constraints::named("[internal] setting cache mount permissions"))
+    let mkdir = FileStep::MkDir {
+        path: "/cache".to_owned(),
+        mode,
+        make_parents: false,
+        owner,
+        timestamp: -1,
+    };
+    base.file(
+        vec![mkdir],
+        Constraints::named("[internal] setting cache mount permissions"),
+    )
 }

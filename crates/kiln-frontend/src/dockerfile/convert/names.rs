@@ -47,9 +47,21 @@ impl<B: Bridge> Conversion<'_, B> {
 
     /// A place in the Dockerfile.
     pub(super) fn location(&self, span: Span) -> Location {
-        let position = |line: u32| SourcePosition { line: i32::try_from(line).unwrap_or(i32::MAX), character: 0 };
-        let ranges = span.iter().map(|line| SourceRange { start: position(line), end: position(line) }).collect();
-        Location { file: self.request.file.clone(), ranges }
+        let position = |line: u32| SourcePosition {
+            line: i32::try_from(line).unwrap_or(i32::MAX),
+            character: 0,
+        };
+        let ranges = span
+            .iter()
+            .map(|line| SourceRange {
+                start: position(line),
+                end: position(line),
+            })
+            .collect();
+        Location {
+            file: self.request.file.clone(),
+            ranges,
+        }
     }
 }
 

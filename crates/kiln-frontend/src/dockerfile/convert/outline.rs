@@ -76,8 +76,11 @@ impl<B: Bridge> Conversion<'_, B> {
     /// The outline of stage `target` and everything it needs.
     pub(super) fn outline(&self, target: usize) -> Outline {
         let stage = &self.table.stages[target];
-        let mut out =
-            Outline { name: stage.name.clone(), description: stage.description.clone(), ..Outline::default() };
+        let mut out = Outline {
+            name: stage.name.clone(),
+            description: stage.description.clone(),
+            ..Outline::default()
+        };
         let (mut args, mut secrets, mut ssh) = (HashSet::new(), HashSet::new(), HashSet::new());
         // A stage based on another one sees what that one captured, as well as its own.
         for index in self.table.reachable(target) {
@@ -89,9 +92,10 @@ impl<B: Bridge> Conversion<'_, B> {
                 let capture = &self.table.stages[i].capture;
                 declared.push(&capture.declared);
                 used.extend(capture.used.iter().cloned());
-                for (all, seen, out) in
-                    [(&capture.secrets, &mut secrets, &mut out.secrets), (&capture.ssh, &mut ssh, &mut out.ssh)]
-                {
+                for (all, seen, out) in [
+                    (&capture.secrets, &mut secrets, &mut out.secrets),
+                    (&capture.ssh, &mut ssh, &mut out.ssh),
+                ] {
                     let new = all.values().filter(|r| seen.insert(r.name.clone()));
                     out.extend(new.cloned());
                 }

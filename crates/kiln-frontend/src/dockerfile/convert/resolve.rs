@@ -32,7 +32,11 @@ enum Start {
     /// A named context in place of the base.
     Base(Box<Loaded>, Platform),
     /// An image.
-    Image { reference: String, image: Box<Image>, platform: Platform },
+    Image {
+        reference: String,
+        image: Box<Image>,
+        platform: Platform,
+    },
 }
 
 impl<B: Bridge> Conversion<'_, B> {
@@ -72,7 +76,9 @@ impl<B: Bridge> Conversion<'_, B> {
         }
         let this = &*self;
         let starts = try_join_all(open.iter().map(|&(index, needed)| async move {
-            this.start_of(index, needed).await.at_span(this.table.stages[index].place())
+            this.start_of(index, needed)
+                .await
+                .at_span(this.table.stages[index].place())
         }))
         .await?;
         for ((index, needed), start) in open.into_iter().zip(starts) {
@@ -85,8 +91,12 @@ impl<B: Bridge> Conversion<'_, B> {
     async fn start_of(&self, index: usize, needed: bool) -> Result<Start, DockerfileError> {
         let stage = &self.table.stages[index];
         let name = &stage.base_name;
-        let reference = ImageRef::parse(name)
-            .map_err(|e| DockerfileError::new(format!("failed to parse stage name {}: {e}", crate::gotext::quote(name))))?;
+        let reference = ImageRef::parse(name).map_err(|e| {
+            DockerfileError::new(format!(
+                "failed to parse stage name {}: {e}",
+                crate::gotext::quote(name)
+            ))
+        })?;
         let mut platform = stage.platform.clone().unwrap_or_else(|| self.target_platform.clone());
         let full_name = reference.clone().or_latest().to_string();
         if !needed {
@@ -99,7 +109,11 @@ impl<B: Bridge> Conversion<'_, B> {
         if let Some(context) = context {
             return Ok(Start::Base(Box::new(context.load(self.client).await?), platform));
         }
-        let prefix = if self.client.options.multi_platform { format!("{} ", super::args::long(&platform)) } else { String::new() };
+        let prefix = if self.client.options.multi_platform {
+            format!("{} ", super::args::long(&platform))
+        } else {
+            String::new()
+        };
         let options = ResolveImageOptions {
             log_name: format!("[{prefix}internal] load metadata for {full_name}"),
             platform: Some(platform.clone()),
@@ -108,14 +122,21 @@ impl<B: Bridge> Conversion<'_, B> {
         };
         let resolved = self.client.resolve_image(&full_name, options).await.map_err(|error| {
             let mut options: Vec<String> = self.table.labels().map(str::to_owned).collect();
-            options.extend(COMMON_IMAGES.iter().flat_map(|image| [(*image).to_owned(), format!("{image}:latest")]));
+            options.extend(
+                COMMON_IMAGES
+                    .iter()
+                    .flat_map(|image| [(*image).to_owned(), format!("{image}:latest")]),
+            );
             let hint = nearest(name, options.iter().map(String::as_str)).map(str::to_owned);
             DockerfileError::from(error).context(name).suggesting(hint)
         })?;
         let mut reference = reference;
         if resolved.reference != reference.to_string() {
             reference = ImageRef::parse(&resolved.reference).map_err(|e| {
-                DockerfileError::new(format!("failed to parse ref {}: {e}", crate::gotext::quote(&resolved.reference)))
+                DockerfileError::new(format!(
+                    "failed to parse ref {}: {e}",
+                    crate::gotext::quote(&resolved.reference)
+                ))
             })?;
         }
         let image = Image::parse(&resolved.config)
@@ -127,14 +148,22 @@ impl<B: Bridge> Conversion<'_, B> {
             Ok(digest) => reference.with_digest(digest).to_string(),
             Err(_) => reference.to_string(),
         };
-        Ok(Start::Image { reference, image: Box::new(image), platform })
+        Ok(Start::Image {
+            reference,
+            image: Box::new(image),
+            platform,
+        })
     }
 
     /// Without a platform asked for, an image for the build platform is taken for what it is.
     fn detected(&self, image: &Image, wanted: Platform) -> Platform {
         let build = &self.client.build_platform;
         let same = |p: &Platform| p.os == image.os && p.architecture == image.architecture;
-        if !same(&wanted) && same(build) { build.clone() } else { wanted }
+        if !same(&wanted) && same(build) {
+            build.clone()
+        } else {
+            wanted
+        }
     }
 
     /// Sets a stage up on what it starts from.
@@ -169,10 +198,17 @@ impl<B: Bridge> Conversion<'_, B> {
                 // The name of the FROM step is made all the same, and counts.
                 self.step_name(index, "", None, false);
             }
-            Start::Image { reference, image, platform } => {
+            Start::Image {
+                reference,
+                image,
+                platform,
+            } => {
                 stage.base_image = Some(Arc::new((*image).clone()));
                 let written = std::mem::replace(&mut stage.base_name, reference);
-                stage.image = Image { created: None, ..*image };
+                stage.image = Image {
+                    created: None,
+                    ..*image
+                };
                 if !stage.image.is_empty() {
                     self.start_from_image(index, &platform, &written, needed);
                 }
@@ -194,21 +230,24 @@ impl<B: Bridge> Conversion<'_, B> {
         let state = source::image(&full, self.client.options.resolve_mode, about);
         let actual = stage.image.platform();
         if needed && (platform.os != actual.os || platform.architecture != actual.architecture) {
-            self.linter.report(&lint::INVALID_BASE_IMAGE_PLATFORM, stage.place(), || {
-                let quote = |p: &Platform| crate::gotext::quote(&p.id());
-                format!(
-                    "Base image {written} was pulled with platform {}, expected {} for current build",
-                    quote(platform),
-                    quote(&actual)
-                )
-            });
+            self.linter
+                .report(&lint::INVALID_BASE_IMAGE_PLATFORM, stage.place(), || {
+                    let quote = |p: &Platform| crate::gotext::quote(&p.id());
+                    format!(
+                        "Base image {written} was pulled with platform {}, expected {} for current build",
+                        quote(platform),
+                        quote(&actual)
+                    )
+                });
         }
         self.table.stages[index].state = state;
     }
 
     /// Takes over from the stage this one is based on.
     pub(super) fn inherit(&mut self, index: usize) -> Result<(), DockerfileError> {
-        let Some(base) = self.table.stages[index].base else { return Ok(()) };
+        let Some(base) = self.table.stages[index].base else {
+            return Ok(());
+        };
         let parent = &self.table.stages[base];
         let size = parent.state.around().env.size() + image_size(&parent.image) + 64 * parent.args.len();
         self.budget.charge(size)?;
@@ -274,7 +313,11 @@ impl<B: Bridge> Conversion<'_, B> {
             Parsed::Instruction(instruction) => instruction,
             Parsed::Stage(_) => return Err(DockerfileError::new("*instructions.Stage is not a command type")),
         };
-        let mut command = Command { instruction: Arc::new(instruction), sources: Vec::new(), trigger: true };
+        let mut command = Command {
+            instruction: Arc::new(instruction),
+            sources: Vec::new(),
+            trigger: true,
+        };
         self.connect(index, &mut command)?;
         Ok(command)
     }

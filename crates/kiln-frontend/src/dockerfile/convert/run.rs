@@ -28,7 +28,10 @@ impl<B: Bridge> Conversion<'_, B> {
             .collect::<Result<Vec<_>, DockerfileError>>()?;
         // A process may look at anything.
         self.table.use_path(step.stage, "/");
-        let mut spec = ExecSpec { sets_default_path: self.client.has("exec.meta.setsdefaultpath"), ..ExecSpec::default() };
+        let mut spec = ExecSpec {
+            sets_default_path: self.client.has("exec.meta.setsdefaultpath"),
+            ..ExecSpec::default()
+        };
         let mut shown = step.instruction.text.clone();
         let mut args = self.command_with_documents(step, run, &mut spec, &mut shown)?;
         if run.command.shell {
@@ -55,15 +58,29 @@ impl<B: Bridge> Conversion<'_, B> {
         spec.extra_hosts.clone_from(&options.extra_hosts);
         if self.client.has("exec.mount.tmpfs.size") && options.shm_size > 0 {
             let size = Some(options.shm_size);
-            spec.mounts.push(MountSpec { target: "/dev/shm".to_owned(), tmpfs: size, ..MountSpec::default() });
+            spec.mounts.push(MountSpec {
+                target: "/dev/shm".to_owned(),
+                tmpfs: size,
+                ..MountSpec::default()
+            });
         }
         if self.client.has("exec.meta.cgroup.parent") {
             spec.cgroup_parent.clone_from(&options.cgroup_parent);
         }
-        let limits = options.linux_resources.clone().filter(|_| self.client.has("exec.meta.linux.resources"));
+        let limits = options
+            .linux_resources
+            .clone()
+            .filter(|_| self.client.has("exec.meta.linux.resources"));
 
-        let expander = Expander { keep_quotes: true, keep_unset: true, ..self.expander() };
-        let masked = Masked { env: self.env_of(step.stage), secrets: &mounts };
+        let expander = Expander {
+            keep_quotes: true,
+            keep_unset: true,
+            ..self.expander()
+        };
+        let masked = Masked {
+            env: self.env_of(step.stage),
+            secrets: &mounts,
+        };
         let text = instruction_text(&expander, &shown, &masked);
         let platform = self.table.stages[step.stage].state.around().platform.clone();
         let name = self.step_name(step.stage, &text, platform.as_ref(), true);
@@ -88,10 +105,14 @@ impl<B: Bridge> Conversion<'_, B> {
         spec: &mut ExecSpec,
         shown: &mut String,
     ) -> Result<Vec<String>, DockerfileError> {
-        let Some(document) = run.files.first() else { return Ok(run.command.args.clone()) };
+        let Some(document) = run.files.first() else {
+            return Ok(run.command.args.clone());
+        };
         let ([command], true) = (run.command.args.as_slice(), run.command.shell) else {
             let args = crate::gotext::plain_list(&run.command.args);
-            return Err(DockerfileError::new(format!("parsing produced an invalid run command: {args}")));
+            return Err(DockerfileError::new(format!(
+                "parsing produced an invalid run command: {args}"
+            )));
         };
         if !matches!(heredoc::operator(command), Ok(Some(_))) {
             let mut text = command.clone();
@@ -130,7 +151,10 @@ impl<B: Bridge> Conversion<'_, B> {
             let what = "device feature is only supported in Dockerfile frontend 1.14.0-labs or later";
             return Err(DockerfileError::new(what));
         }
-        let device = |(name, required): &(String, bool)| CdiDevice { name: name.clone(), optional: !required };
+        let device = |(name, required): &(String, bool)| CdiDevice {
+            name: name.clone(),
+            optional: !required,
+        };
         Ok(run.devices.iter().map(device).collect())
     }
 
@@ -178,9 +202,12 @@ struct Masked<'a> {
 
 impl Variables for Masked<'_> {
     fn value(&self, name: &str) -> Option<&str> {
-        let is_secret = |m: &Mount| {
-            m.kind == crate::dockerfile::mount::MountKind::Secret && m.env.as_deref() == Some(name)
-        };
-        if self.secrets.iter().any(is_secret) { Some("****") } else { self.env.get(name) }
+        let is_secret =
+            |m: &Mount| m.kind == crate::dockerfile::mount::MountKind::Secret && m.env.as_deref() == Some(name);
+        if self.secrets.iter().any(is_secret) {
+            Some("****")
+        } else {
+            self.env.get(name)
+        }
     }
 }

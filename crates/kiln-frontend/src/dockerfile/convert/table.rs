@@ -165,7 +165,11 @@ impl Table {
     /// Paths used of the main context, relative; empty if all of it is.
     pub(super) fn context_paths(&self) -> Vec<String> {
         // Only stages that were walked have noted any.
-        let all: BTreeSet<String> = self.stages.iter().flat_map(|s| s.context_paths.iter().cloned()).collect();
+        let all: BTreeSet<String> = self
+            .stages
+            .iter()
+            .flat_map(|s| s.context_paths.iter().cloned())
+            .collect();
         relative(&all)
     }
 }
@@ -174,7 +178,10 @@ fn relative(paths: &BTreeSet<String>) -> Vec<String> {
     if paths.contains("/") {
         return Vec::new();
     }
-    let mut list: Vec<String> = paths.iter().map(|p| join_path(".", p.trim_start_matches('/'))).collect();
+    let mut list: Vec<String> = paths
+        .iter()
+        .map(|p| join_path(".", p.trim_start_matches('/')))
+        .collect();
     list.sort();
     list
 }
@@ -224,7 +231,10 @@ impl<B: Bridge> Conversion<'_, B> {
             let entry = &mut self.table.stages[index];
             let from_image = entry.base_name != SCRATCH && entry.base.is_none();
             let counted = |c: &&Command| {
-                matches!(c.instruction.kind, Kind::Add(_) | Kind::Copy(_) | Kind::Run(_) | Kind::Workdir(_))
+                matches!(
+                    c.instruction.kind,
+                    Kind::Add(_) | Kind::Copy(_) | Kind::Run(_) | Kind::Workdir(_)
+                )
             };
             entry.steps = usize::from(from_image) + entry.commands.iter().filter(counted).count();
         }
@@ -236,7 +246,11 @@ impl<B: Bridge> Conversion<'_, B> {
         entry.description = stage.description;
         entry.text = stage.text;
         entry.span = Some(stage.span);
-        let command = |instruction| Command { instruction: Arc::new(instruction), sources: Vec::new(), trigger: false };
+        let command = |instruction| Command {
+            instruction: Arc::new(instruction),
+            sources: Vec::new(),
+            trigger: false,
+        };
         entry.commands = stage.instructions.into_iter().map(command).collect();
     }
 
@@ -255,8 +269,13 @@ impl<B: Bridge> Conversion<'_, B> {
         };
         for name in unmatched.iter().filter(|name| !known.contains_key(*name)) {
             lint.report(&lint::UNDEFINED_ARG_IN_FROM, span, || {
-                let options = known.keys().map(String::as_str).chain(self.global_args.iter().map(|(k, _)| k));
-                let hint = nearest(name, options).map(|h| format!(" (did you mean {h}?)")).unwrap_or_default();
+                let options = known
+                    .keys()
+                    .map(String::as_str)
+                    .chain(self.global_args.iter().map(|(k, _)| k));
+                let hint = nearest(name, options)
+                    .map(|h| format!(" (did you mean {h}?)"))
+                    .unwrap_or_default();
                 format!("FROM argument '{name}' is not declared{hint}")
             });
         }
@@ -276,7 +295,9 @@ impl<B: Bridge> Conversion<'_, B> {
             return Ok(None);
         }
         let expansion = self.expand_in_from(&stage.platform, stage.span, known, lint);
-        let expansion = expansion.context("failed to process arguments for platform ").at_span(stage.span)?;
+        let expansion = expansion
+            .context("failed to process arguments for platform ")
+            .at_span(stage.span)?;
         self.lint_platform(stage, &expansion, lint);
         let hint = || {
             let mut names = expansion.unmatched.iter();
@@ -288,7 +309,9 @@ impl<B: Bridge> Conversion<'_, B> {
         }
         let platform = expansion.text.parse::<Platform>().map_err(|e| {
             let error = DockerfileError::at(e.to_string(), stage.span).suggesting(hint());
-            error.context(format!("failed to parse platform {}", stage.platform)).with_span(stage.span)
+            error
+                .context(format!("failed to parse platform {}", stage.platform))
+                .with_span(stage.span)
         })?;
         used.extend(expansion.matched);
         Ok(Some(platform))
@@ -310,7 +333,10 @@ impl<B: Bridge> Conversion<'_, B> {
             && !stage.name.contains(&platform.architecture)
         {
             lint.report(&lint::FROM_PLATFORM_FLAG_CONST_DISALLOWED, stage.span, || {
-                format!("FROM --platform flag should not use constant value {}", quote(&expansion.text))
+                format!(
+                    "FROM --platform flag should not use constant value {}",
+                    quote(&expansion.text)
+                )
             });
         }
     }
@@ -384,7 +410,12 @@ impl<B: Bridge> Conversion<'_, B> {
         if let Some(index) = self.table.find(name) {
             return index;
         }
-        self.table.add(StageState { base_name: name.to_owned(), span, implicit: true, ..StageState::default() })
+        self.table.add(StageState {
+            base_name: name.to_owned(),
+            span,
+            implicit: true,
+            ..StageState::default()
+        })
     }
 
     /// Refuses stages that need themselves, one location for each instruction on the way.

@@ -26,10 +26,11 @@ impl<B: Bridge> Conversion<'_, B> {
         let os = stage.platform.as_ref().map_or("", |p| p.os.as_str()).to_owned();
         let set_before = std::mem::replace(&mut stage.workdir_set, true);
         if !set_before && !files::is_absolute(&path, &os) {
-            step.lint.report(&lint::WORKDIR_RELATIVE_PATH, step.instruction.span, || {
-                let why = "can have unexpected results if the base image changes";
-                format!("Relative workdir {} {why}", crate::gotext::quote(&path))
-            });
+            step.lint
+                .report(&lint::WORKDIR_RELATIVE_PATH, step.instruction.span, || {
+                    let why = "can have unexpected results if the base image changes";
+                    format!("Relative workdir {} {why}", crate::gotext::quote(&path))
+                });
         }
         let dir = self.change_dir(step.stage, &path)?;
         let layer = dir != "/";
@@ -43,7 +44,13 @@ impl<B: Bridge> Conversion<'_, B> {
             let stage = &mut self.table.stages[step.stage];
             let user = stage.image.config.user.as_str();
             let owner = (!user.is_empty()).then(|| Owner::parse(user));
-            let mkdir = FileStep::MkDir { path: dir.clone(), mode: 0o755, make_parents: true, owner, timestamp };
+            let mkdir = FileStep::MkDir {
+                path: dir.clone(),
+                mode: 0o755,
+                make_parents: true,
+                owner,
+                timestamp,
+            };
             stage.state = stage.state.file(vec![mkdir], about);
         }
         self.commit(step.stage, format!("WORKDIR {dir}"), layer)
