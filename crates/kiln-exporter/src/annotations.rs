@@ -25,7 +25,9 @@ impl Annotations {
     /// # Errors
     /// [`ExportError::Invalid`] for an unknown place.
     pub fn add(&mut self, key: &str, value: &str) -> Result<bool, ExportError> {
-        let Some(rest) = key.strip_prefix("annotation") else { return Ok(false) };
+        let Some(rest) = key.strip_prefix("annotation") else {
+            return Ok(false);
+        };
         let (head, name) = match split_head(rest) {
             Some(parts) => parts,
             None => return Ok(false),
@@ -34,14 +36,19 @@ impl Annotations {
             Some((place, platform)) => (place, platform.trim_end_matches(']')),
             None => (head, ""),
         };
-        let platform = platform.parse::<kiln_oci::Platform>().map_or_else(|_| platform.to_owned(), |p| p.id());
+        let platform = platform
+            .parse::<kiln_oci::Platform>()
+            .map_or_else(|_| platform.to_owned(), |p| p.id());
         let map = match place {
             "" | "-manifest" => self.manifest.entry(platform).or_default(),
             "-manifest-descriptor" => self.manifest_descriptor.entry(platform).or_default(),
             "-index" => &mut self.index,
             "-index-descriptor" => &mut self.index_descriptor,
             other => {
-                return Err(ExportError::Invalid(format!("unrecognized annotation type {}", &other[1..])));
+                return Err(ExportError::Invalid(format!(
+                    "unrecognized annotation type {}",
+                    &other[1..]
+                )));
             }
         };
         map.insert(name.to_owned(), value.to_owned());
@@ -74,7 +81,11 @@ impl Annotations {
 
     /// Platform ids that annotations are limited to.
     pub fn platforms(&self) -> impl Iterator<Item = &str> {
-        self.manifest.keys().chain(self.manifest_descriptor.keys()).map(String::as_str).filter(|p| !p.is_empty())
+        self.manifest
+            .keys()
+            .chain(self.manifest_descriptor.keys())
+            .map(String::as_str)
+            .filter(|p| !p.is_empty())
     }
 
     /// Whether there are any beside members of manifests, the only place that Docker's media types have.
@@ -93,7 +104,9 @@ fn collect(by_platform: &BTreeMap<String, Map>, platform: &str) -> Map {
 
 /// `-place[platform]` and the name after the first dot that follows it.
 fn split_head(rest: &str) -> Option<(&str, &str)> {
-    let after_place = rest.find(|c: char| !(c == '-' || c.is_ascii_lowercase())).unwrap_or(rest.len());
+    let after_place = rest
+        .find(|c: char| !(c == '-' || c.is_ascii_lowercase()))
+        .unwrap_or(rest.len());
     let mut end = after_place;
     let tail = rest.get(after_place..)?;
     if tail.starts_with('[') {

@@ -34,7 +34,10 @@ pub(crate) fn write(
     open: Open<'_>,
     out: impl Write,
 ) -> Result<(), ExportError> {
-    let json = |e| ExportError::Json { what: "failed to write image layout".to_owned(), source: e };
+    let json = |e| ExportError::Json {
+        what: "failed to write image layout".to_owned(),
+        source: e,
+    };
     let mut entries: BTreeMap<String, (u32, Content<'_>)> = BTreeMap::new();
     entries.insert("blobs/".to_owned(), (0o755, Content::Directory));
     entries.insert("blobs/sha256/".to_owned(), (0o755, Content::Directory));
@@ -56,7 +59,8 @@ pub(crate) fn write(
     }
     let mut tar = TarWriter::new(out);
     for (name, (mode, content)) in &entries {
-        write_entry(&mut tar, name, *mode, content, open).map_err(ExportError::io(format!("failed to write {name}")))?;
+        write_entry(&mut tar, name, *mode, content, open)
+            .map_err(ExportError::io(format!("failed to write {name}")))?;
     }
     let mut out = tar.finish().map_err(ExportError::io("failed to end the archive"))?;
     out.flush().map_err(ExportError::io("failed to end the archive"))
@@ -74,7 +78,13 @@ fn write_entry(
         Content::Bytes(bytes) => (b'0', bytes.len() as u64),
         Content::Blob(blob) => (b'0', blob.size),
     };
-    tar.header(&Header { name: name.as_bytes(), typeflag, mode, size, ..Header::default() })?;
+    tar.header(&Header {
+        name: name.as_bytes(),
+        typeflag,
+        mode,
+        size,
+        ..Header::default()
+    })?;
     match content {
         Content::Directory => Ok(()),
         Content::Bytes(bytes) => tar.data(bytes),
@@ -99,8 +109,10 @@ fn blob_path(digest: Digest) -> String {
 fn layout_index(root: &Descriptor, names: &[ImageRef]) -> Index {
     let named = names.iter().map(|name| {
         let mut d = root.clone();
-        d.annotations.insert("io.containerd.image.name".to_owned(), name.to_string());
-        d.annotations.insert("org.opencontainers.image.ref.name".to_owned(), name.object());
+        d.annotations
+            .insert("io.containerd.image.name".to_owned(), name.to_string());
+        d.annotations
+            .insert("org.opencontainers.image.ref.name".to_owned(), name.object());
         d
     });
     let mut manifests: Vec<Descriptor> = named.collect();
@@ -119,7 +131,9 @@ struct DockerManifest {
 }
 
 fn docker_manifest(image: &Image, names: &[ImageRef]) -> Result<[DockerManifest; 1], ExportError> {
-    let document = image.document(image.root.digest).ok_or_else(|| ExportError::Result("no manifest".to_owned()))?;
+    let document = image
+        .document(image.root.digest)
+        .ok_or_else(|| ExportError::Result("no manifest".to_owned()))?;
     let manifest: Manifest =
         serde_json::from_slice(&document.bytes).map_err(ExportError::json("failed to read manifest"))?;
     let layers: Vec<String> = manifest.layers().iter().map(|l| blob_path(l.digest)).collect();
@@ -143,7 +157,9 @@ pub(crate) async fn send_blobs(
         if store.info(&digest).await?.is_some() {
             continue;
         }
-        let Some(mut writer) = store.write(&reference(&digest), layer.size, &digest).await? else { continue };
+        let Some(mut writer) = store.write(&reference(&digest), layer.size, &digest).await? else {
+            continue;
+        };
         let failed = || ExportError::io(format!("failed to read blob {digest}"));
         let mut stream = source.open(layer, 0).await.map_err(failed())?;
         while let Some(bytes) = stream.next().await {
@@ -156,7 +172,9 @@ pub(crate) async fn send_blobs(
         if store.info(&digest).await?.is_some() {
             continue;
         }
-        let Some(mut writer) = store.write(&reference(&digest), descriptor.size, &digest).await? else { continue };
+        let Some(mut writer) = store.write(&reference(&digest), descriptor.size, &digest).await? else {
+            continue;
+        };
         writer.write(bytes.clone()).await?;
         writer.commit().await?;
     }
@@ -165,7 +183,9 @@ pub(crate) async fn send_blobs(
 
 /// The name of an upload; a new one each time, because what an older one left behind is unknown.
 fn reference(digest: &str) -> String {
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_nanos());
+    let now = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map_or(0, |d| d.as_nanos());
     format!("{digest}-{now}")
 }
 
@@ -230,7 +250,10 @@ pub(crate) mod tests {
 
     #[test]
     fn the_layout_is_sorted_timeless_and_complete() {
-        let names = [ImageRef::parse("alpine:3").unwrap(), ImageRef::parse("ghcr.io/a/b:c").unwrap()];
+        let names = [
+            ImageRef::parse("alpine:3").unwrap(),
+            ImageRef::parse("ghcr.io/a/b:c").unwrap(),
+        ];
         let bytes = tar(false, &names, true);
         assert_eq!(bytes, tar(false, &names, true));
         let mut archive = tar::Archive::new(bytes.as_slice());
@@ -255,8 +278,11 @@ pub(crate) mod tests {
         assert!(seen.contains(&("oci-layout".to_owned(), 0o444)) && seen.contains(&("index.json".to_owned(), 0o644)));
         assert_eq!(files["oci-layout"], br#"{"imageLayoutVersion":"1.0.0"}"#);
         let index: Index = serde_json::from_slice(&files["index.json"]).unwrap();
-        let named: Vec<_> =
-            index.manifests.iter().map(|m| m.annotations["io.containerd.image.name"].as_str()).collect();
+        let named: Vec<_> = index
+            .manifests
+            .iter()
+            .map(|m| m.annotations["io.containerd.image.name"].as_str())
+            .collect();
         assert_eq!(named, ["docker.io/library/alpine:3", "ghcr.io/a/b:c"]);
         assert_eq!(index.manifests[1].annotations["org.opencontainers.image.ref.name"], "c");
         let docker: serde_json::Value = serde_json::from_slice(&files["manifest.json"]).unwrap();
@@ -269,15 +295,26 @@ pub(crate) mod tests {
     fn without_names_and_with_an_index() {
         let text = |bytes: &[u8], name: &str| -> Option<String> {
             let mut archive = tar::Archive::new(bytes);
-            let mut entry =
-                archive.entries().unwrap().map(Result::unwrap).find(|e| e.path().unwrap().to_str() == Some(name))?;
+            let mut entry = archive
+                .entries()
+                .unwrap()
+                .map(Result::unwrap)
+                .find(|e| e.path().unwrap().to_str() == Some(name))?;
             let mut out = String::new();
             entry.read_to_string(&mut out).unwrap();
             Some(out)
         };
-        assert!(text(&tar(false, &[], true), "manifest.json").unwrap().contains(r#""RepoTags":null"#));
+        assert!(
+            text(&tar(false, &[], true), "manifest.json")
+                .unwrap()
+                .contains(r#""RepoTags":null"#)
+        );
         assert!(text(&tar(true, &[], true), "manifest.json").is_none());
         assert!(text(&tar(false, &[], false), "manifest.json").is_none());
-        assert!(!text(&tar(false, &[], false), "index.json").unwrap().contains("annotations"));
+        assert!(
+            !text(&tar(false, &[], false), "index.json")
+                .unwrap()
+                .contains("annotations")
+        );
     }
 }

@@ -36,7 +36,10 @@ pub(crate) struct StatementSubject {
 
 impl StatementSubject {
     pub(crate) fn sha256(name: impl Into<String>, digest: kiln_oci::Digest) -> Self {
-        Self { name: name.into(), digest: BTreeMap::from([("sha256".to_owned(), digest.hex())]) }
+        Self {
+            name: name.into(),
+            digest: BTreeMap::from([("sha256".to_owned(), digest.hex())]),
+        }
     }
 }
 
@@ -71,7 +74,11 @@ impl Claim {
     /// The statement about a result that is known by `own` subjects.
     pub(crate) fn statement(&self, own: &[StatementSubject]) -> Result<Vec<u8>, ExportError> {
         let itself = [Subject::Itself { name: String::new() }];
-        let subjects = if self.subjects.is_empty() { &itself[..] } else { &self.subjects };
+        let subjects = if self.subjects.is_empty() {
+            &itself[..]
+        } else {
+            &self.subjects
+        };
         let mut subject = Vec::new();
         for s in subjects {
             match s {
@@ -79,7 +86,10 @@ impl Claim {
                     for mine in own {
                         subject.push(mine.clone());
                         if !name.is_empty() && name != "_" {
-                            subject.push(StatementSubject { name: name.clone(), digest: mine.digest.clone() });
+                            subject.push(StatementSubject {
+                                name: name.clone(),
+                                digest: mine.digest.clone(),
+                            });
                         }
                     }
                 }
@@ -168,18 +178,19 @@ fn raw(bytes: &[u8], path: &str) -> Result<Box<RawValue>, ExportError> {
 
 fn read_document(view: &View, path: &[u8]) -> Result<Vec<u8>, ExportError> {
     view.read(path, MAX_DOCUMENT)?.ok_or_else(|| {
-        ExportError::Result(format!("attestation {} is not a regular file", String::from_utf8_lossy(path)))
+        ExportError::Result(format!(
+            "attestation {} is not a regular file",
+            String::from_utf8_lossy(path)
+        ))
     })
 }
 
-fn unbundle(
-    bundle: &Attestation,
-    view: &View,
-    core: Option<&str>,
-    claims: &mut Vec<Claim>,
-) -> Result<(), ExportError> {
+fn unbundle(bundle: &Attestation, view: &View, core: Option<&str>, claims: &mut Vec<Claim>) -> Result<(), ExportError> {
     let Some(dir) = view.find(bundle.path.as_bytes(), true)? else {
-        return Err(ExportError::Result(format!("attestation bundle {} does not exist", bundle.path)));
+        return Err(ExportError::Result(format!(
+            "attestation bundle {} does not exist",
+            bundle.path
+        )));
     };
     for child in view.children(&dir) {
         let name = String::from_utf8_lossy(view.entry(&child).name()).into_owned();
@@ -194,11 +205,18 @@ fn unbundle(
             )));
         }
         if statement.predicate_type.starts_with(PROVENANCE_PREFIX) {
-            return Err(ExportError::Result("frontend may not bundle provenance attestations".to_owned()));
+            return Err(ExportError::Result(
+                "frontend may not bundle provenance attestations".to_owned(),
+            ));
         }
         let subjects = statement.subject.unwrap_or_default().into_iter().map(|s| Subject::Raw {
             name: s.name,
-            digests: s.digest.unwrap_or_default().into_iter().map(|(a, hex)| format!("{a}:{hex}")).collect(),
+            digests: s
+                .digest
+                .unwrap_or_default()
+                .into_iter()
+                .map(|(a, hex)| format!("{a}:{hex}"))
+                .collect(),
         });
         claims.push(Claim {
             path,
@@ -226,7 +244,10 @@ mod tests {
             path: path.into(),
             predicate_type: "https://slsa.dev/provenance/v1".into(),
             subjects,
-            metadata: core.map(|c| ("sbom-core".to_owned(), c.to_owned())).into_iter().collect(),
+            metadata: core
+                .map(|c| ("sbom-core".to_owned(), c.to_owned()))
+                .into_iter()
+                .collect(),
         }
     }
 
@@ -237,13 +258,22 @@ mod tests {
     #[test]
     fn statements_are_compact_with_members_in_order() {
         let claims = load(
-            &[made("provenance.json", vec![], None), made("sbom.spdx.json", vec![], Some("sbom"))],
+            &[
+                made("provenance.json", vec![], None),
+                made("sbom.spdx.json", vec![], Some("sbom")),
+            ],
             &nothing,
         )
         .unwrap();
-        assert_eq!(claims.iter().map(|c| c.path.as_str()).collect::<Vec<_>>(), ["sbom.spdx.json", "provenance.json"]);
+        assert_eq!(
+            claims.iter().map(|c| c.path.as_str()).collect::<Vec<_>>(),
+            ["sbom.spdx.json", "provenance.json"]
+        );
         let digest = Digest::of("m");
-        let own = [StatementSubject::sha256("pkg:docker/a@1?platform=linux%2Famd64", digest)];
+        let own = [StatementSubject::sha256(
+            "pkg:docker/a@1?platform=linux%2Famd64",
+            digest,
+        )];
         assert_eq!(
             String::from_utf8(claims[1].statement(&own).unwrap()).unwrap(),
             format!(
@@ -252,21 +282,36 @@ mod tests {
             )
         );
         // no image name: an empty list
-        assert!(String::from_utf8(claims[1].statement(&[]).unwrap()).unwrap().contains(r#""subject":[],"#));
+        assert!(
+            String::from_utf8(claims[1].statement(&[]).unwrap())
+                .unwrap()
+                .contains(r#""subject":[],"#)
+        );
     }
 
     #[test]
     fn subjects_are_itself_or_raw() {
         let subjects = vec![
             Subject::Itself { name: "extra".into() },
-            Subject::Raw { name: String::new(), digests: vec!["sha1:ab".into(), "sha256:cd".into()] },
+            Subject::Raw {
+                name: String::new(),
+                digests: vec!["sha1:ab".into(), "sha256:cd".into()],
+            },
         ];
         let claim = &load(&[made("x", subjects, None)], &nothing).unwrap()[0];
         let own = [StatementSubject::sha256("a", Digest::of("m"))];
         let v: serde_json::Value = serde_json::from_slice(&claim.statement(&own).unwrap()).unwrap();
-        let names: Vec<_> = v["subject"].as_array().unwrap().iter().map(|s| s["name"].as_str().unwrap()).collect();
+        let names: Vec<_> = v["subject"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|s| s["name"].as_str().unwrap())
+            .collect();
         assert_eq!(names, ["a", "extra", "_"]);
-        assert_eq!(v["subject"][2]["digest"], serde_json::json!({"sha1": "ab", "sha256": "cd"}));
+        assert_eq!(
+            v["subject"][2]["digest"],
+            serde_json::json!({"sha1": "ab", "sha256": "cd"})
+        );
     }
 
     #[test]

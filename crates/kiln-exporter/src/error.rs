@@ -42,14 +42,14 @@ pub enum ExportError {
         name: String,
         /// Why.
         #[source]
-        source: RegistryError,
+        source: Box<RegistryError>,
     },
     /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
     /// The client failed or went away.
     #[error(transparent)]
-    Session(#[from] SessionError),
+    Session(Box<SessionError>),
     /// Reading a layer or file failed.
     #[error("{what}")]
     Io {
@@ -59,6 +59,12 @@ pub enum ExportError {
         #[source]
         source: std::io::Error,
     },
+}
+
+impl From<SessionError> for ExportError {
+    fn from(error: SessionError) -> Self {
+        Self::Session(Box::new(error))
+    }
 }
 
 impl ExportError {

@@ -105,7 +105,12 @@ impl Exporter {
             Options::Image(options) => self.export_image(options, result, request).await,
             Options::Files(options) => {
                 self.export_files(options, result, request).await?;
-                Ok(Exported { response: BTreeMap::new(), descriptor: None, leases: Vec::new(), push: None })
+                Ok(Exported {
+                    response: BTreeMap::new(),
+                    descriptor: None,
+                    leases: Vec::new(),
+                    push: None,
+                })
             }
         }
     }
@@ -142,7 +147,9 @@ impl Exporter {
         }
         let names = parse_names(&name)?;
 
-        let (images, layers) = self.platform_images(options, &result, &platforms, index, request).await?;
+        let (images, layers) = self
+            .platform_images(options, &result, &platforms, index, request)
+            .await?;
         let form = Form {
             oci: options.oci_types,
             artifacts: options.artifacts(),
@@ -167,8 +174,11 @@ impl Exporter {
                 response.insert("image.name".to_owned(), given);
             }
             if !targets.is_empty() {
-                let client =
-                    if options.insecure { request.registry.clone().insecure() } else { request.registry.clone() };
+                let client = if options.insecure {
+                    request.registry.clone().insecure()
+                } else {
+                    request.registry.clone()
+                };
                 let layers = Arc::new(LayerBlobs::new(&layers, &request.realize));
                 push = Some(PendingPush {
                     image: image.clone(),
@@ -197,18 +207,19 @@ impl Exporter {
         response.insert("containerimage.descriptor".to_owned(), STANDARD.encode(descriptor));
         if self.kind != ExporterKind::Image {
             leases.extend(layers::fetch_all(&layers, &request.realize).await?);
-            self.hand_over(options, &image, &root, names, &layers, &response, request).await?;
+            self.hand_over(options, &image, &root, names, &layers, &response, request)
+                .await?;
         }
-        Ok(Exported { response, descriptor: Some(root), leases, push })
+        Ok(Exported {
+            response,
+            descriptor: Some(root),
+            leases,
+            push,
+        })
     }
 
     /// Where an image is pushed to.
-    fn push_targets(
-        &self,
-        options: &ImageOptions,
-        name: &str,
-        image: &Image,
-    ) -> Result<Vec<ImageRef>, ExportError> {
+    fn push_targets(&self, options: &ImageOptions, name: &str, image: &Image) -> Result<Vec<ImageRef>, ExportError> {
         if !options.push {
             return Ok(Vec::new());
         }
@@ -240,9 +251,10 @@ impl Exporter {
             let _status = Status::begin(&request.progress, "exporting layers");
             let each = platforms.iter().zip(&epochs).map(|(p, epoch)| async move {
                 let rewrite = match (options.rewrite_timestamp, epoch) {
-                    (true, Some(epoch)) => {
-                        Some(Rewrite { epoch: *epoch, base: base_diff_ids(result.meta(key::BASE_CONFIG, &p.id))? })
-                    }
+                    (true, Some(epoch)) => Some(Rewrite {
+                        epoch: *epoch,
+                        base: base_diff_ids(result.meta(key::BASE_CONFIG, &p.id))?,
+                    }),
                     (true, None) => {
                         tracing::warn!("rewrite-timestamp is specified, but no source-date-epoch was found");
                         None
@@ -361,7 +373,11 @@ impl Exporter {
             files.iter().map(one).collect::<Result<Vec<_>, ExportError>>()
         });
         let sends = listings.await?.into_iter().map(|(id, listing)| {
-            let label = if split { format!("copying files {id}") } else { "copying files".to_owned() };
+            let label = if split {
+                format!("copying files {id}")
+            } else {
+                "copying files".to_owned()
+            };
             local::send(session, request.index, listing, false, label, &request.progress)
         });
         futures::future::try_join_all(sends).await.map(|_| ())
@@ -395,7 +411,10 @@ impl Exported {
 }
 
 fn session(request: &ExportRequest) -> Result<&Session, ExportError> {
-    request.session.as_ref().ok_or_else(|| ExportError::Invalid("no session to export to".to_owned()))
+    request
+        .session
+        .as_ref()
+        .ok_or_else(|| ExportError::Invalid("no session to export to".to_owned()))
 }
 
 /// Ends a transfer. If the client has the result already, that its stream broke is no failure.
@@ -427,7 +446,10 @@ fn parse_names(name: &str) -> Result<Vec<ImageRef>, ExportError> {
     name.split(',')
         .filter(|n| !n.is_empty())
         .map(|n| {
-            let parsed = ImageRef::parse(n).map_err(|source| ExportError::Name { name: n.to_owned(), source })?;
+            let parsed = ImageRef::parse(n).map_err(|source| ExportError::Name {
+                name: n.to_owned(),
+                source,
+            })?;
             Ok(parsed.or_latest())
         })
         .collect()
@@ -471,7 +493,11 @@ async fn load_claims(attestations: Vec<Attestation>, cx: &RealizeCtx) -> Result<
 
 /// Stores manifests and configs, and says so.
 async fn keep_documents(image: &Image, request: &ExportRequest) -> Result<Vec<BlobHandle>, ExportError> {
-    let (documents, content, progress) = (image.documents.clone(), request.content.clone(), request.progress.clone());
+    let (documents, content, progress) = (
+        image.documents.clone(),
+        request.content.clone(),
+        request.progress.clone(),
+    );
     blocking(move |_| {
         let mut leases = Vec::new();
         for document in &documents {

@@ -69,11 +69,18 @@ pub(crate) fn platform_dir(id: &str) -> String {
 
 /// Lists everything. Blocking: attestations make it read every regular file once, for their digests.
 pub(crate) fn list(platforms: &[PlatformFiles], layout: &Layout, stop: &Stop) -> Result<Listing, ExportError> {
-    let mut listing = Listing { views: Vec::new(), items: Vec::new() };
+    let mut listing = Listing {
+        views: Vec::new(),
+        items: Vec::new(),
+    };
     let mut owners: HashMap<String, &str> = HashMap::new();
     let mut dirs: HashSet<String> = HashSet::new();
     for platform in platforms {
-        let prefix = if layout.split { platform_dir(&platform.id) } else { String::new() };
+        let prefix = if layout.split {
+            platform_dir(&platform.id)
+        } else {
+            String::new()
+        };
         if layout.split {
             listing.items.push(Item {
                 path: prefix.clone(),
@@ -111,16 +118,23 @@ pub(crate) fn list(platforms: &[PlatformFiles], layout: &Layout, stop: &Stop) ->
 
 fn walk(platform: &PlatformFiles, index: usize, prefix: &str, stop: &Stop) -> Result<Vec<Item>, ExportError> {
     let mut items = Vec::new();
-    let Some(root) = platform.view.root() else { return Ok(items) };
+    let Some(root) = platform.view.root() else {
+        return Ok(items);
+    };
     let mut links: HashMap<(usize, u32), String> = HashMap::new();
     for node in platform.view.walk(&root) {
-        stop.check().map_err(|_| ExportError::Store(kiln_store::StoreError::Canceled))?;
+        stop.check()
+            .map_err(|_| ExportError::Store(kiln_store::StoreError::Canceled))?;
         let entry = platform.view.entry(&node);
         if matches!(entry.kind, Kind::Whiteout | Kind::Socket) {
             continue;
         }
         let name = String::from_utf8_lossy(&entry.path);
-        let path = if prefix.is_empty() { name.into_owned() } else { format!("{prefix}/{name}") };
+        let path = if prefix.is_empty() {
+            name.into_owned()
+        } else {
+            format!("{prefix}/{name}")
+        };
         let mut hard_link = None;
         if entry.link_group != 0 && !entry.kind.is_dir() {
             let key = (node.tree(), entry.link_group);
@@ -131,7 +145,12 @@ fn walk(platform: &PlatformFiles, index: usize, prefix: &str, stop: &Stop) -> Re
                 }
             }
         }
-        items.push(Item { path, what: What::Node { view: index, node }, hard_link, mtime: platform.epoch });
+        items.push(Item {
+            path,
+            what: What::Node { view: index, node },
+            hard_link,
+            mtime: platform.epoch,
+        });
     }
     Ok(items)
 }
@@ -174,11 +193,20 @@ fn statements(
         }
     }
     for (name, bytes) in made {
-        let path = if prefix.is_empty() { name } else { format!("{prefix}/{name}") };
+        let path = if prefix.is_empty() {
+            name
+        } else {
+            format!("{prefix}/{name}")
+        };
         // A file of the result with the same name gives way, as in a later layer.
         items.retain(|i| i.path != path);
         let mtime = Some(platform.epoch.unwrap_or(layout.now));
-        items.push(Item { path, what: What::Bytes(bytes), hard_link: None, mtime });
+        items.push(Item {
+            path,
+            what: What::Bytes(bytes),
+            hard_link: None,
+            mtime,
+        });
     }
     Ok(())
 }
@@ -188,8 +216,11 @@ fn hash(view: &View, node: &Node, stop: &Stop) -> Result<kiln_oci::Digest, Expor
     let mut hasher = Hasher::new();
     let mut buf = vec![0; 1 << 20];
     loop {
-        stop.check().map_err(|_| ExportError::Store(kiln_store::StoreError::Canceled))?;
-        let n = file.read(&mut buf).map_err(ExportError::io("failed to read a file of the result"))?;
+        stop.check()
+            .map_err(|_| ExportError::Store(kiln_store::StoreError::Canceled))?;
+        let n = file
+            .read(&mut buf)
+            .map_err(ExportError::io("failed to read a file of the result"))?;
         if n == 0 {
             return Ok(hasher.finish());
         }

@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use kiln_oci::history::{self, LayerNote};
-use kiln_oci::{Descriptor, DiffId, Digest, ImageConfig, ImageRef, Index, Manifest, Platform, Timestamp, media_type, purl};
+use kiln_oci::{
+    Descriptor, DiffId, Digest, ImageConfig, ImageRef, Index, Manifest, Platform, Timestamp, media_type, purl,
+};
 
 use crate::annotations::Annotations;
 use crate::attestation::{Claim, StatementSubject};
@@ -104,7 +106,11 @@ impl Form {
     }
 
     fn config_type(&self) -> &'static str {
-        if self.oci { media_type::OCI_CONFIG } else { media_type::DOCKER_CONFIG }
+        if self.oci {
+            media_type::OCI_CONFIG
+        } else {
+            media_type::DOCKER_CONFIG
+        }
     }
 }
 
@@ -139,7 +145,10 @@ fn image_config(image: &PlatformImage) -> Result<Vec<u8>, ExportError> {
     }
     if let Some(cache) = &image.inline_cache {
         use base64::Engine as _;
-        config.set(key::INLINE_CACHE, &base64::engine::general_purpose::STANDARD.encode(cache))?;
+        config.set(
+            key::INLINE_CACHE,
+            &base64::engine::general_purpose::STANDARD.encode(cache),
+        )?;
     }
     Ok(config.to_bytes())
 }
@@ -159,7 +168,9 @@ pub(crate) fn assemble(images: &[PlatformImage], form: &Form) -> Result<Image, E
         let own: Vec<Descriptor> = image.layers.iter().map(|l| form.layer(l)).collect();
         let mut manifest = Manifest::new(form.oci, config_descriptor.clone(), own.clone());
         manifest.annotations = form.annotations.for_manifest(&image.platform.id());
-        let bytes = manifest.to_bytes().map_err(ExportError::json("failed to marshal manifest"))?;
+        let bytes = manifest
+            .to_bytes()
+            .map_err(ExportError::json("failed to marshal manifest"))?;
         let mut descriptor = Descriptor::of(manifest.media_type.clone(), &bytes);
         push(&mut documents, DocumentKind::Config, config_descriptor, config);
         push(&mut documents, DocumentKind::Manifest, descriptor.clone(), bytes);
@@ -176,8 +187,15 @@ pub(crate) fn assemble(images: &[PlatformImage], form: &Form) -> Result<Image, E
         manifests.push(descriptor);
     }
     if !form.index {
-        let root = manifests.pop().ok_or_else(|| ExportError::Result("nothing to export".to_owned()))?;
-        return Ok(Image { root, config: last_config, documents, layers });
+        let root = manifests
+            .pop()
+            .ok_or_else(|| ExportError::Result("nothing to export".to_owned()))?;
+        return Ok(Image {
+            root,
+            config: last_config,
+            documents,
+            layers,
+        });
     }
     manifests.append(&mut attestations);
     let mut index = Index::new(form.oci, manifests);
@@ -186,18 +204,28 @@ pub(crate) fn assemble(images: &[PlatformImage], form: &Form) -> Result<Image, E
     let mut root = Descriptor::of(index.media_type, &bytes);
     push(&mut documents, DocumentKind::Index, root.clone(), bytes);
     root.annotations.clone_from(&form.annotations.index_descriptor);
-    Ok(Image { root, config: None, documents, layers })
+    Ok(Image {
+        root,
+        config: None,
+        documents,
+        layers,
+    })
 }
 
 fn check(images: &[PlatformImage], form: &Form) -> Result<(), ExportError> {
     let bad = |text: String| Err(ExportError::Invalid(text));
-    if let Some(p) = form.annotations.platforms().find(|p| !images.iter().any(|i| i.platform.id() == *p || i.id == *p)) {
+    if let Some(p) = form
+        .annotations
+        .platforms()
+        .find(|p| !images.iter().any(|i| i.platform.id() == *p || i.id == *p))
+    {
         return bad(format!("invalid annotation: no platform {p} found in source"));
     }
     if !form.oci && form.annotations.need_oci() {
         return bad("cannot export annotations with \"oci-mediatypes=false\"".to_owned());
     }
-    if !form.index && !(form.annotations.index.is_empty() && form.annotations.index_descriptor.is_empty()) {
+    let on_index = !form.annotations.index.is_empty() || !form.annotations.index_descriptor.is_empty();
+    if !form.index && on_index {
         return bad("index annotations not supported for single platform export".to_owned());
     }
     if form.index && !form.oci && images.iter().any(|i| !i.claims.is_empty()) {
@@ -208,7 +236,11 @@ fn check(images: &[PlatformImage], form: &Form) -> Result<(), ExportError> {
 
 fn push(documents: &mut Vec<Document>, kind: DocumentKind, descriptor: Descriptor, bytes: Vec<u8>) {
     if !documents.iter().any(|d| d.descriptor.digest == descriptor.digest) {
-        documents.push(Document { kind, descriptor: descriptor.bare(), bytes: bytes.into() });
+        documents.push(Document {
+            kind,
+            descriptor: descriptor.bare(),
+            bytes: bytes.into(),
+        });
     }
 }
 
@@ -229,7 +261,9 @@ fn attestation_manifest(
         let statement = claim.statement(&own)?;
         let mut descriptor = Descriptor::of(media_type::IN_TOTO, &statement);
         push(documents, DocumentKind::Attestation, descriptor.clone(), statement);
-        descriptor.annotations.insert("in-toto.io/predicate-type".to_owned(), claim.predicate_type.clone());
+        descriptor
+            .annotations
+            .insert("in-toto.io/predicate-type".to_owned(), claim.predicate_type.clone());
         layers.push(descriptor);
     }
     let mut manifest = if form.artifacts {
@@ -248,15 +282,23 @@ fn attestation_manifest(
         manifest.artifact_type = Some(media_type::ATTESTATION_ARTIFACT.to_owned());
         manifest.subject = Some(target.bare());
     }
-    let bytes = manifest.to_bytes().map_err(ExportError::json("failed to marshal attestation manifest"))?;
+    let bytes = manifest
+        .to_bytes()
+        .map_err(ExportError::json("failed to marshal attestation manifest"))?;
     let mut descriptor = Descriptor::of(manifest.media_type, &bytes);
     push(documents, DocumentKind::AttestationManifest, descriptor.clone(), bytes);
     descriptor.annotations = BTreeMap::from([
-        ("vnd.docker.reference.type".to_owned(), "attestation-manifest".to_owned()),
+        (
+            "vnd.docker.reference.type".to_owned(),
+            "attestation-manifest".to_owned(),
+        ),
         ("vnd.docker.reference.digest".to_owned(), target.digest.to_string()),
     ]);
-    descriptor.platform =
-        Some(Platform { os: "unknown".into(), architecture: "unknown".into(), ..Platform::default() });
+    descriptor.platform = Some(Platform {
+        os: "unknown".into(),
+        architecture: "unknown".into(),
+        ..Platform::default()
+    });
     Ok(descriptor)
 }
 
@@ -279,12 +321,18 @@ mod tests {
     fn layer(n: u8, media_type: &str) -> ImageLayer {
         let mut blob = Descriptor::of(media_type, &[n]);
         blob.annotations.insert("containerd.io/uncompressed".into(), "x".into());
-        blob.annotations.insert("containerd.io/distribution.source.docker.io".into(), "library/alpine".into());
+        blob.annotations.insert(
+            "containerd.io/distribution.source.docker.io".into(),
+            "library/alpine".into(),
+        );
         blob.annotations.insert("kept".into(), "yes".into());
         ImageLayer {
             blob,
             diff_id: DiffId(Digest::of([n, n])),
-            note: LayerNote { description: format!("step {n}"), created: Some(Timestamp::new(1000 + i64::from(n), 0)) },
+            note: LayerNote {
+                description: format!("step {n}"),
+                created: Some(Timestamp::new(1000 + i64::from(n), 0)),
+            },
         }
     }
 
@@ -293,11 +341,17 @@ mod tests {
         PlatformImage {
             id: id.into(),
             config: Some(
-                format!(r#"{{"architecture":"{}","os":"linux","OnBuild":["RUN x"],"created":"2020-01-01T00:00:00Z"}}"#, platform.architecture)
-                    .into_bytes(),
+                format!(
+                    r#"{{"architecture":"{}","os":"linux","OnBuild":["RUN x"],"created":"2020-01-01T00:00:00Z"}}"#,
+                    platform.architecture
+                )
+                .into_bytes(),
             ),
             platform,
-            layers: vec![layer(1, media_type::DOCKER_LAYER_GZIP), layer(2, media_type::OCI_LAYER_ZSTD)],
+            layers: vec![
+                layer(1, media_type::DOCKER_LAYER_GZIP),
+                layer(2, media_type::OCI_LAYER_ZSTD),
+            ],
             base_config: None,
             epoch: None,
             inline_cache: None,
@@ -335,7 +389,10 @@ mod tests {
         assert_eq!(built.root.platform.as_ref().unwrap().id(), "linux/amd64");
         let bytes = &built.document(built.root.digest).unwrap().bytes;
         let manifest = spec::image::ImageManifest::from_reader(bytes.as_ref()).unwrap();
-        assert_eq!(manifest.config().digest().to_string(), built.config.unwrap().to_string());
+        assert_eq!(
+            manifest.config().digest().to_string(),
+            built.config.unwrap().to_string()
+        );
         let types: Vec<_> = manifest.layers().iter().map(|l| l.media_type().to_string()).collect();
         assert_eq!(types, [media_type::OCI_LAYER_GZIP, media_type::OCI_LAYER_ZSTD]);
         let kept = manifest.layers()[0].annotations().clone().unwrap();
@@ -346,12 +403,19 @@ mod tests {
         assert_eq!(history[1].created_by, "step 2");
         assert!(config.get::<Vec<String>>("OnBuild").unwrap().is_some());
         // the same again: the same digests
-        assert_eq!(assemble(&[image("linux/amd64", vec![])], &form(false)).unwrap().root, built.root);
+        assert_eq!(
+            assemble(&[image("linux/amd64", vec![])], &form(false)).unwrap().root,
+            built.root
+        );
     }
 
     #[test]
     fn docker_types_have_no_layer_annotations() {
-        let docker = Form { oci: false, artifacts: false, ..form(false) };
+        let docker = Form {
+            oci: false,
+            artifacts: false,
+            ..form(false)
+        };
         let built = assemble(&[image("linux/amd64", vec![])], &docker).unwrap();
         let m: Manifest = serde_json::from_slice(&built.document(built.root.digest).unwrap().bytes).unwrap();
         assert_eq!(m.media_type, media_type::DOCKER_MANIFEST);
@@ -360,7 +424,10 @@ mod tests {
         assert!(m.layers().iter().all(|l| l.annotations.is_empty()));
         let with = Form { index: true, ..docker };
         let error = assemble(&[image("linux/amd64", claims())], &with).err().unwrap();
-        assert_eq!(error.to_string(), "cannot export attestations with \"oci-mediatypes=false\"");
+        assert_eq!(
+            error.to_string(),
+            "cannot export attestations with \"oci-mediatypes=false\""
+        );
     }
 
     #[test]
@@ -368,16 +435,28 @@ mod tests {
         let images = [image("linux/amd64", claims()), image("linux/arm64", claims())];
         let built = assemble(&images, &form(true)).unwrap();
         let index: Index = serde_json::from_slice(&built.document(built.root.digest).unwrap().bytes).unwrap();
-        let ids: Vec<_> = index.manifests.iter().map(|m| m.platform.as_ref().unwrap().id()).collect();
-        assert_eq!(ids, ["linux/amd64", "linux/arm64", "unknown/unknown", "unknown/unknown"]);
+        let ids: Vec<_> = index
+            .manifests
+            .iter()
+            .map(|m| m.platform.as_ref().unwrap().id())
+            .collect();
+        assert_eq!(
+            ids,
+            ["linux/amd64", "linux/arm64", "unknown/unknown", "unknown/unknown"]
+        );
         let annotations = &index.manifests[2].annotations;
-        assert_eq!(annotations["vnd.docker.reference.digest"], index.manifests[0].digest.to_string());
-        let m: Manifest =
-            serde_json::from_slice(&built.document(index.manifests[2].digest).unwrap().bytes).unwrap();
+        assert_eq!(
+            annotations["vnd.docker.reference.digest"],
+            index.manifests[0].digest.to_string()
+        );
+        let m: Manifest = serde_json::from_slice(&built.document(index.manifests[2].digest).unwrap().bytes).unwrap();
         assert_eq!(m.artifact_type.as_deref(), Some(media_type::ATTESTATION_ARTIFACT));
         assert_eq!(m.subject, Some(index.manifests[0].bare()));
         assert_eq!((m.config.data.as_deref(), m.config.size), (Some("e30="), 2));
-        assert_eq!(m.layers()[0].annotations["in-toto.io/predicate-type"], "https://slsa.dev/provenance/v1");
+        assert_eq!(
+            m.layers()[0].annotations["in-toto.io/predicate-type"],
+            "https://slsa.dev/provenance/v1"
+        );
         let statement = &built.document(m.layers()[0].digest).unwrap().bytes;
         let v: serde_json::Value = serde_json::from_slice(statement).unwrap();
         assert_eq!(v["subject"][0]["name"], "pkg:docker/me/app@1?platform=linux%2Famd64");
@@ -386,11 +465,13 @@ mod tests {
         assert_eq!(built.documents.last().unwrap().descriptor.digest, built.root.digest);
         spec::image::ImageIndex::from_reader(built.document(built.root.digest).unwrap().bytes.as_ref()).unwrap();
         // the older form
-        let legacy = Form { artifacts: false, ..form(true) };
+        let legacy = Form {
+            artifacts: false,
+            ..form(true)
+        };
         let built = assemble(&images, &legacy).unwrap();
         let index: Index = serde_json::from_slice(&built.document(built.root.digest).unwrap().bytes).unwrap();
-        let m: Manifest =
-            serde_json::from_slice(&built.document(index.manifests[2].digest).unwrap().bytes).unwrap();
+        let m: Manifest = serde_json::from_slice(&built.document(index.manifests[2].digest).unwrap().bytes).unwrap();
         assert!(m.subject.is_none() && m.artifact_type.is_none());
         let config = &built.document(m.config.digest).unwrap().bytes;
         assert_eq!(
@@ -444,7 +525,13 @@ mod tests {
         let built = assemble(&[i], &form(false)).unwrap();
         let config = ImageConfig::parse(&built.document(built.config.unwrap()).unwrap().bytes).unwrap();
         assert_eq!(config.created().unwrap(), Some(Timestamp::new(500, 0)));
-        assert!(config.history().unwrap().iter().all(|h| h.created == Some(Timestamp::new(500, 0))));
+        assert!(
+            config
+                .history()
+                .unwrap()
+                .iter()
+                .all(|h| h.created == Some(Timestamp::new(500, 0)))
+        );
         let mut i = image("linux/amd64", vec![]);
         (i.layers, i.config) = (vec![], None);
         i.inline_cache = Some(b"[]".to_vec());
@@ -452,6 +539,9 @@ mod tests {
         let text = String::from_utf8(built.document(built.root.digest).unwrap().bytes.to_vec()).unwrap();
         assert!(text.contains("\"layers\": null"));
         let config = String::from_utf8(built.document(built.config.unwrap()).unwrap().bytes.to_vec()).unwrap();
-        assert!(config.contains(r#""created":null,"history":null,"moby.buildkit.cache.v0":"W10=","#), "{config}");
+        assert!(
+            config.contains(r#""created":null,"history":null,"moby.buildkit.cache.v0":"W10=","#),
+            "{config}"
+        );
     }
 }

@@ -8,7 +8,9 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use kiln_oci::{Descriptor, DiffId, Digest, LayerNote, Timestamp, media_type};
 use kiln_registry::{BlobSource, ByteStream};
-use kiln_store::{Algorithm, BlobHandle, Compression, LayerRef, Providers, RealizeCtx, Store, StoreError, Tenant, View};
+use kiln_store::{
+    Algorithm, BlobHandle, Compression, LayerRef, Providers, RealizeCtx, Store, StoreError, Tenant, View,
+};
 
 use crate::error::ExportError;
 use crate::image::ImageLayer;
@@ -25,10 +27,15 @@ pub(crate) fn compression(packing: LayerPacking) -> Result<Compression, ExportEr
         CompressionKind::Gzip => Algorithm::Gzip,
         CompressionKind::Zstd => Algorithm::Zstd,
         CompressionKind::Estargz => {
-            return Err(ExportError::Invalid("compression \"estargz\" is not supported by this daemon".to_owned()));
+            return Err(ExportError::Invalid(
+                "compression \"estargz\" is not supported by this daemon".to_owned(),
+            ));
         }
     };
-    Ok(Compression { algorithm, level: packing.level })
+    Ok(Compression {
+        algorithm,
+        level: packing.level,
+    })
 }
 
 /// A layer of a result and its packed form.
@@ -69,11 +76,19 @@ pub(crate) async fn pack(
                 created: Some(Timestamp::new(seconds, nanos)),
             },
         };
-        Ok::<_, ExportError>(PackedLayer { image, layer: layer.clone(), _lease: None })
+        Ok::<_, ExportError>(PackedLayer {
+            image,
+            layer: layer.clone(),
+            _lease: None,
+        })
     });
     let mut packed = futures::future::try_join_all(packed).await?;
     if let Some(Rewrite { epoch, base }) = rewrite {
-        let common = packed.iter().zip(&base).take_while(|(l, b)| l.image.diff_id == **b).count();
+        let common = packed
+            .iter()
+            .zip(&base)
+            .take_while(|(l, b)| l.image.diff_id == **b)
+            .count();
         for layer in packed.iter_mut().skip(common) {
             let local = fetch(layer, cx).await?;
             let content = layer.layer.store().content(layer.layer.tenant());
@@ -82,10 +97,12 @@ pub(crate) async fn pack(
                 Some(media_type::LayerCompression::Zstd) => Algorithm::Zstd,
                 _ => Algorithm::Gzip,
             };
-            let compression = Compression { algorithm: compression, level: packing.level };
-            let clamped = crate::blocking(move |stop| {
-                rewrite::clamp(&content, &local, compression, epoch.seconds(), stop)
-            });
+            let compression = Compression {
+                algorithm: compression,
+                level: packing.level,
+            };
+            let clamped =
+                crate::blocking(move |stop| rewrite::clamp(&content, &local, compression, epoch.seconds(), stop));
             if let Some((lease, diff_id)) = clamped.await? {
                 let d = lease.descriptor();
                 layer.image.blob = Descriptor::new(d.media_type, d.digest, d.size);
@@ -100,8 +117,15 @@ pub(crate) async fn pack(
 /// Makes sure that a layer's blob is in the content store.
 async fn fetch(layer: &PackedLayer, cx: &RealizeCtx) -> Result<BlobHandle, ExportError> {
     let providers = layer.layer.providers().merged(&cx.providers);
-    let cx = RealizeCtx { providers, observer: cx.observer.clone() };
-    Ok(layer.layer.store().fetch_blob(layer.layer.tenant(), &layer.image.blob, &cx).await?)
+    let cx = RealizeCtx {
+        providers,
+        observer: cx.observer.clone(),
+    };
+    Ok(layer
+        .layer
+        .store()
+        .fetch_blob(layer.layer.tenant(), &layer.image.blob, &cx)
+        .await?)
 }
 
 /// Makes sure that all blobs are in the content store; the handles keep them there.
@@ -128,16 +152,27 @@ impl LayerBlobs {
         let blobs = layers.iter().map(|l| {
             let providers = l.layer.providers().merged(&cx.providers);
             let blob = l.image.blob.clone();
-            (blob.digest, (l.layer.store().clone(), l.layer.tenant().clone(), blob, providers))
+            (
+                blob.digest,
+                (l.layer.store().clone(), l.layer.tenant().clone(), blob, providers),
+            )
         });
-        Self { blobs: blobs.collect(), cx: cx.clone() }
+        Self {
+            blobs: blobs.collect(),
+            cx: cx.clone(),
+        }
     }
 
     /// Repositories (`host/name`) that are known to have a blob.
     pub(crate) fn places(&self, digest: Digest) -> Vec<String> {
-        let Some((store, tenant, _, providers)) = self.blobs.get(&digest) else { return Vec::new() };
-        let mut places: Vec<String> =
-            store.content(tenant).info(&digest).map(|i| i.sources.into_iter().collect()).unwrap_or_default();
+        let Some((store, tenant, _, providers)) = self.blobs.get(&digest) else {
+            return Vec::new();
+        };
+        let mut places: Vec<String> = store
+            .content(tenant)
+            .info(&digest)
+            .map(|i| i.sources.into_iter().collect())
+            .unwrap_or_default();
         if let Some(place) = providers.get(&digest).and_then(|p| p.repository())
             && !places.contains(&place)
         {
@@ -163,31 +198,40 @@ impl LayerBlobs {
 impl BlobSource for LayerBlobs {
     async fn open(&self, blob: &Descriptor, offset: u64) -> std::io::Result<ByteStream> {
         let (store, tenant, own, providers) = self.blobs.get(&blob.digest).ok_or(std::io::ErrorKind::NotFound)?;
-        let cx = RealizeCtx { providers: providers.clone(), observer: self.cx.observer.clone() };
-        let lease = store.fetch_blob(tenant, own, &cx).await.map_err(std::io::Error::other)?;
+        let cx = RealizeCtx {
+            providers: providers.clone(),
+            observer: self.cx.observer.clone(),
+        };
+        let lease = store
+            .fetch_blob(tenant, own, &cx)
+            .await
+            .map_err(std::io::Error::other)?;
         let content = store.content(tenant);
         let digest = blob.digest;
         let reader = spawn(move || content.open(&digest).map_err(std::io::Error::other)).await?;
         let size = reader.size();
         let state = (Arc::new(reader), offset, lease);
-        Ok(Box::pin(futures::stream::try_unfold(state, move |(reader, at, lease)| async move {
-            if at >= size {
-                return Ok(None);
-            }
-            let file = reader.clone();
-            let bytes = spawn(move || {
-                let mut buf = vec![0; READ.min(usize::try_from(size - at).unwrap_or(READ))];
-                let n = file.read_at(&mut buf, at)?;
-                buf.truncate(n);
-                Ok(Bytes::from(buf))
-            })
-            .await?;
-            if bytes.is_empty() {
-                return Err(std::io::ErrorKind::UnexpectedEof.into());
-            }
-            let next = at + bytes.len() as u64;
-            Ok(Some((bytes, (reader, next, lease))))
-        })))
+        Ok(Box::pin(futures::stream::try_unfold(
+            state,
+            move |(reader, at, lease)| async move {
+                if at >= size {
+                    return Ok(None);
+                }
+                let file = reader.clone();
+                let bytes = spawn(move || {
+                    let mut buf = vec![0; READ.min(usize::try_from(size - at).unwrap_or(READ))];
+                    let n = file.read_at(&mut buf, at)?;
+                    buf.truncate(n);
+                    Ok(Bytes::from(buf))
+                })
+                .await?;
+                if bytes.is_empty() {
+                    return Err(std::io::ErrorKind::UnexpectedEof.into());
+                }
+                let next = at + bytes.len() as u64;
+                Ok(Some((bytes, (reader, next, lease))))
+            },
+        )))
     }
 }
 
@@ -205,7 +249,10 @@ pub(crate) fn opener(
         .collect();
     move |blob| {
         let (store, tenant) = blobs.get(&blob.digest).ok_or(std::io::ErrorKind::NotFound)?;
-        let reader = store.content(tenant).open(&blob.digest).map_err(std::io::Error::other)?;
+        let reader = store
+            .content(tenant)
+            .open(&blob.digest)
+            .map_err(std::io::Error::other)?;
         Ok(Box::new(reader.take(blob.size)))
     }
 }

@@ -40,5 +40,8 @@ pub(crate) async fn blocking<T: Send + 'static>(
     let guard = stop.guard();
     let outcome = tokio::task::spawn_blocking(move || work(&stop)).await;
     guard.disarm();
-    outcome.map_err(|e| ExportError::Io { what: "an export's thread failed".to_owned(), source: std::io::Error::other(e) })?
+    outcome.map_err(|e| ExportError::Io {
+        what: "an export's thread failed".to_owned(),
+        source: std::io::Error::other(e),
+    })?
 }

@@ -30,12 +30,21 @@ pub(crate) async fn send(
     id: String,
     progress: &Arc<dyn ExportProgress>,
 ) -> Result<(), ExportError> {
-    let meter = Arc::new(Meter { state: Mutex::new((0, Instant::now(), Status::begin(progress, id))) });
-    let source = Source { listing: Arc::new(listing), at: 0, meter };
-    session.send_directory(exporter, source, multi_platform, &BTreeMap::new()).await.map_err(|e| match e {
-        SessionError::Canceled(_) => ExportError::Store(kiln_store::StoreError::Canceled),
-        other => ExportError::Session(other),
-    })?;
+    let meter = Arc::new(Meter {
+        state: Mutex::new((0, Instant::now(), Status::begin(progress, id))),
+    });
+    let source = Source {
+        listing: Arc::new(listing),
+        at: 0,
+        meter,
+    };
+    session
+        .send_directory(exporter, source, multi_platform, &BTreeMap::new())
+        .await
+        .map_err(|e| match e {
+            SessionError::Canceled(_) => ExportError::Store(kiln_store::StoreError::Canceled),
+            other => other.into(),
+        })?;
     Ok(())
 }
 
@@ -71,24 +80,40 @@ struct Source {
 
 impl TreeSource for Source {
     fn next(&mut self) -> io::Result<Option<Entry>> {
-        let Some(item) = self.listing.items.get(self.at) else { return Ok(None) };
+        let Some(item) = self.listing.items.get(self.at) else {
+            return Ok(None);
+        };
         self.at += 1;
         Ok(Some(entry(&self.listing, item)))
     }
 
     fn files(&self) -> Arc<dyn TreeFiles> {
-        let by_path = self.listing.items.iter().enumerate().map(|(i, item)| (item.path.clone(), i));
-        Arc::new(Files { by_path: by_path.collect(), listing: self.listing.clone(), meter: self.meter.clone() })
+        let by_path = self
+            .listing
+            .items
+            .iter()
+            .enumerate()
+            .map(|(i, item)| (item.path.clone(), i));
+        Arc::new(Files {
+            by_path: by_path.collect(),
+            listing: self.listing.clone(),
+            meter: self.meter.clone(),
+        })
     }
 }
 
 fn nanos(t: Timestamp) -> i64 {
-    t.seconds().saturating_mul(1_000_000_000).saturating_add(i64::from(t.nanos()))
+    t.seconds()
+        .saturating_mul(1_000_000_000)
+        .saturating_add(i64::from(t.nanos()))
 }
 
 /// An item as it is listed.
 fn entry(listing: &Listing, item: &Item) -> Entry {
-    let mut out = Entry { path: item.path.clone(), ..Entry::default() };
+    let mut out = Entry {
+        path: item.path.clone(),
+        ..Entry::default()
+    };
     match &item.what {
         What::PlatformDir => out.mode = go_mode(DIR_MODE),
         What::Bytes(bytes) => {
@@ -96,7 +121,9 @@ fn entry(listing: &Listing, item: &Item) -> Entry {
             out.size = bytes.len() as u64;
         }
         What::Node { view, node } => {
-            let Some(view) = listing.views.get(*view) else { return out };
+            let Some(view) = listing.views.get(*view) else {
+                return out;
+            };
             let e = view.entry(node);
             out.mode = go_mode(e.st_mode());
             (out.uid, out.gid) = (e.uid, e.gid);
@@ -114,7 +141,10 @@ fn entry(listing: &Listing, item: &Item) -> Entry {
                 }
             }
             for (name, value) in &e.xattrs {
-                out.xattrs.insert(String::from_utf8_lossy(name).into_owned(), Bytes::copy_from_slice(value));
+                out.xattrs.insert(
+                    String::from_utf8_lossy(name).into_owned(),
+                    Bytes::copy_from_slice(value),
+                );
             }
         }
     }
@@ -128,7 +158,10 @@ fn entry(listing: &Listing, item: &Item) -> Entry {
 pub(crate) fn device(rdev: u64) -> (u32, u32) {
     let major = ((rdev >> 8) & 0xfff) | ((rdev >> 32) & !0xfff);
     let minor = (rdev & 0xff) | ((rdev >> 12) & !0xff);
-    (u32::try_from(major & 0xffff_ffff).unwrap_or(0), u32::try_from(minor & 0xffff_ffff).unwrap_or(0))
+    (
+        u32::try_from(major & 0xffff_ffff).unwrap_or(0),
+        u32::try_from(minor & 0xffff_ffff).unwrap_or(0),
+    )
 }
 
 struct Files {
@@ -139,9 +172,16 @@ struct Files {
 
 impl TreeFiles for Files {
     fn open(&self, path: &str) -> io::Result<Box<dyn Read + Send>> {
-        let item = self.by_path.get(path).and_then(|i| self.listing.items.get(*i)).ok_or(io::ErrorKind::NotFound)?;
+        let item = self
+            .by_path
+            .get(path)
+            .and_then(|i| self.listing.items.get(*i))
+            .ok_or(io::ErrorKind::NotFound)?;
         let inner = open(&self.listing.views, item)?;
-        Ok(Box::new(Counted { inner, meter: self.meter.clone() }))
+        Ok(Box::new(Counted {
+            inner,
+            meter: self.meter.clone(),
+        }))
     }
 }
 

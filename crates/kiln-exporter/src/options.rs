@@ -176,7 +176,13 @@ impl ImageOptions {
     /// [`ExportError::Invalid`] for values that do not fit their attribute or one another.
     pub fn parse(kind: ExporterKind, attrs: &BTreeMap<String, String>) -> Result<Self, ExportError> {
         let image = kind == ExporterKind::Image;
-        let mut o = Self { oci_types: true, inline_attestations: image, store: true, tar: true, ..Self::default() };
+        let mut o = Self {
+            oci_types: true,
+            inline_attestations: image,
+            store: true,
+            tar: true,
+            ..Self::default()
+        };
         let mut level = None;
         for (key, value) in attrs {
             let strict = || boolean(key, value, false);
@@ -215,7 +221,9 @@ impl ImageOptions {
             })?;
             let most = if o.packing.kind == CompressionKind::Zstd { 22 } else { 9 };
             if !(0..=most).contains(&n) {
-                return Err(ExportError::Invalid(format!("compression-level {n} is not between 0 and {most}")));
+                return Err(ExportError::Invalid(format!(
+                    "compression-level {n} is not between 0 and {most}"
+                )));
             }
             o.packing.level = Some(n);
         }
@@ -244,7 +252,11 @@ fn compression(value: &str) -> Result<CompressionKind, ExportError> {
         "gzip" | "" => CompressionKind::Gzip,
         "zstd" => CompressionKind::Zstd,
         "estargz" => CompressionKind::Estargz,
-        other => return Err(ExportError::Invalid(format!("unsupported layer compression type {other}"))),
+        other => {
+            return Err(ExportError::Invalid(format!(
+                "unsupported layer compression type {other}"
+            )));
+        }
     })
 }
 
@@ -286,13 +298,27 @@ mod tests {
     fn empty_is_true_only_where_the_protocol_says_so() {
         let o = ImageOptions::parse(
             ExporterKind::Image,
-            &attrs(&[("push", ""), ("name-canonical", ""), ("force-compression", ""), ("foo", "bar"), ("tar", "x")]),
+            &attrs(&[
+                ("push", ""),
+                ("name-canonical", ""),
+                ("force-compression", ""),
+                ("foo", "bar"),
+                ("tar", "x"),
+            ]),
         )
         .unwrap();
         assert!(o.push && o.name_canonical && o.packing.force && o.oci_types && o.artifacts() && o.inline_attestations);
         assert_eq!(o.metadata, attrs(&[("foo", "bar"), ("tar", "x")]));
-        for key in ["oci-mediatypes", "rewrite-timestamp", "attestation-inline", "prefer-nondist-layers"] {
-            assert!(ImageOptions::parse(ExporterKind::Image, &attrs(&[(key, "")])).is_err(), "{key}");
+        for key in [
+            "oci-mediatypes",
+            "rewrite-timestamp",
+            "attestation-inline",
+            "prefer-nondist-layers",
+        ] {
+            assert!(
+                ImageOptions::parse(ExporterKind::Image, &attrs(&[(key, "")])).is_err(),
+                "{key}"
+            );
         }
         assert!(ImageOptions::parse(ExporterKind::Image, &attrs(&[("push", "yes")])).is_err());
         let o = ImageOptions::parse(ExporterKind::Docker, &attrs(&[("tar", "F"), ("push", "x")])).unwrap();
@@ -309,7 +335,10 @@ mod tests {
             &[("compression", "gzip"), ("compression-level", "22")],
             &[("source-date-epoch", "soon")],
         ] {
-            assert!(ImageOptions::parse(ExporterKind::Image, &attrs(pairs)).is_err(), "{pairs:?}");
+            assert!(
+                ImageOptions::parse(ExporterKind::Image, &attrs(pairs)).is_err(),
+                "{pairs:?}"
+            );
         }
         let o = ImageOptions::parse(ExporterKind::Oci, &attrs(&[("source-date-epoch", "")])).unwrap();
         assert_eq!(o.epoch, Some(None));

@@ -38,10 +38,18 @@ pub(crate) struct Status {
 
 impl Status {
     pub(crate) fn begin(sink: &Arc<dyn ExportProgress>, id: impl Into<String>) -> Self {
-        let update =
-            StatusUpdate { id: id.into(), current: 0, total: 0, started: SystemTime::now(), completed: None };
+        let update = StatusUpdate {
+            id: id.into(),
+            current: 0,
+            total: 0,
+            started: SystemTime::now(),
+            completed: None,
+        };
         sink.status(update.clone());
-        Self { sink: sink.clone(), update }
+        Self {
+            sink: sink.clone(),
+            update,
+        }
     }
 
     /// Reports `current` units; callers limit how often.

@@ -35,10 +35,15 @@ impl BlobSource for WithDocuments<'_> {
 
 /// The reference to push to, from a name as the user gave it.
 pub(crate) fn target(name: &str, by_digest: bool) -> Result<ImageRef, ExportError> {
-    let parsed = ImageRef::parse(name).map_err(|source| ExportError::Name { name: name.to_owned(), source })?;
+    let parsed = ImageRef::parse(name).map_err(|source| ExportError::Name {
+        name: name.to_owned(),
+        source,
+    })?;
     if by_digest {
         if parsed.tag().is_some() {
-            return Err(ExportError::Invalid(format!("can't push tagged ref {parsed} by digest")));
+            return Err(ExportError::Invalid(format!(
+                "can't push tagged ref {parsed} by digest"
+            )));
         }
         return Ok(parsed.repository());
     }
@@ -55,17 +60,27 @@ pub(crate) async fn push(
     places: &(dyn Fn(&Descriptor) -> Vec<String> + Sync),
     progress: &Arc<dyn ExportProgress>,
 ) -> Result<(), ExportError> {
-    let failed = |source| ExportError::Push { name: target.to_string(), source };
+    let failed = |source| ExportError::Push {
+        name: target.to_string(),
+        source: Box::new(source),
+    };
     let source = WithDocuments { image, layers };
     {
         let _status = Status::begin(progress, "pushing layers");
         let small = image.documents.iter().filter(|d| is_blob(d)).map(|d| &d.descriptor);
-        let blobs: Vec<&Descriptor> =
-            image.layers.iter().filter(|l| !media_type::is_foreign_layer(&l.media_type)).chain(small).collect();
+        let blobs: Vec<&Descriptor> = image
+            .layers
+            .iter()
+            .filter(|l| !media_type::is_foreign_layer(&l.media_type))
+            .chain(small)
+            .collect();
         let push_one = async |blob: &Descriptor| -> Result<(), RegistryError> {
             let here = format!("{}/", target.domain());
-            let from: Vec<String> =
-                places(blob).iter().filter_map(|p| p.strip_prefix(&here)).map(str::to_owned).collect();
+            let from: Vec<String> = places(blob)
+                .iter()
+                .filter_map(|p| p.strip_prefix(&here))
+                .map(str::to_owned)
+                .collect();
             client.push_blob(target, blob, &from, &source).await?;
             Ok(())
         };

@@ -140,13 +140,18 @@ impl BuildResult {
                 Some(config) => ImageConfig::parse(config)?.platform()?.normalized(),
                 None => Platform::host(),
             };
-            return Ok(vec![ResultPlatform { id: platform.id(), platform }]);
+            return Ok(vec![ResultPlatform {
+                id: platform.id(),
+                platform,
+            }]);
         };
-        let list: List = serde_json::from_slice(bytes)
-            .map_err(ExportError::json("failed to parse platforms passed to exporter"))?;
+        let list: List =
+            serde_json::from_slice(bytes).map_err(ExportError::json("failed to parse platforms passed to exporter"))?;
         let platforms = list.platforms.unwrap_or_default();
         if platforms.is_empty() {
-            return Err(ExportError::Result("invalid empty platforms index for exporter".to_owned()));
+            return Err(ExportError::Result(
+                "invalid empty platforms index for exporter".to_owned(),
+            ));
         }
         if !map && platforms.len() > 1 {
             let text = "cannot export multiple platforms without multi-platform enabled";
@@ -184,13 +189,16 @@ impl BuildResult {
     /// # Errors
     /// [`ExportError::Result`] if it is no number.
     pub fn epoch(&self, platform: &str) -> Result<Option<Timestamp>, ExportError> {
-        let Some(bytes) = self.meta(key::EPOCH, platform).filter(|b| !b.is_empty()) else { return Ok(None) };
+        let Some(bytes) = self.meta(key::EPOCH, platform).filter(|b| !b.is_empty()) else {
+            return Ok(None);
+        };
         let seconds = std::str::from_utf8(bytes).ok().and_then(|t| t.parse().ok());
         match seconds {
             Some(s) => Ok(Some(Timestamp::new(s, 0))),
-            None => {
-                Err(ExportError::Result(format!("invalid SOURCE_DATE_EPOCH: {}", String::from_utf8_lossy(bytes))))
-            }
+            None => Err(ExportError::Result(format!(
+                "invalid SOURCE_DATE_EPOCH: {}",
+                String::from_utf8_lossy(bytes)
+            ))),
         }
     }
 }

@@ -105,8 +105,21 @@ mod tests {
 
     fn archive(mtime: i64) -> Vec<u8> {
         let mut tar = TarWriter::new(Vec::new());
-        let file = Header { name: b"a/f", typeflag: b'0', mode: 0o644, size: 5, mtime, ..Header::default() };
-        let dir = Header { name: b"a/", typeflag: b'5', mode: 0o755, mtime: 5, ..Header::default() };
+        let file = Header {
+            name: b"a/f",
+            typeflag: b'0',
+            mode: 0o644,
+            size: 5,
+            mtime,
+            ..Header::default()
+        };
+        let dir = Header {
+            name: b"a/",
+            typeflag: b'5',
+            mode: 0o755,
+            mtime: 5,
+            ..Header::default()
+        };
         tar.header(&dir).unwrap();
         tar.header(&file).unwrap();
         tar.data(b"hello").unwrap();

@@ -15,7 +15,8 @@ const COPY: usize = 256 << 10;
 pub(crate) fn write(listing: &Listing, out: impl Write, stop: &Stop) -> Result<(), ExportError> {
     let mut tar = TarWriter::new(out);
     for item in &listing.items {
-        stop.check().map_err(|_| ExportError::Store(kiln_store::StoreError::Canceled))?;
+        stop.check()
+            .map_err(|_| ExportError::Store(kiln_store::StoreError::Canceled))?;
         write_item(&mut tar, listing, item).map_err(ExportError::io(format!("failed to write {}", item.path)))?;
     }
     let mut out = tar.finish().map_err(ExportError::io("failed to end the archive"))?;
@@ -82,7 +83,11 @@ fn write_item(tar: &mut TarWriter<impl Write>, listing: &Listing, item: &Item) -
         // Whole seconds, the nearest.
         mtime: seconds.unwrap_or(entry.mtime.secs + i64::from(entry.mtime.nanos >= 500_000_000)),
         linkname,
-        device: if matches!(typeflag, b'3' | b'4') { device(entry.rdev) } else { (0, 0) },
+        device: if matches!(typeflag, b'3' | b'4') {
+            device(entry.rdev)
+        } else {
+            (0, 0)
+        },
         xattrs: &xattrs,
     })?;
     if typeflag == b'0' {

@@ -5,12 +5,13 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use kiln_oci::{Digest, Hasher, ImageRef};
-use reqwest::header::{CONTENT_RANGE, HeaderValue, RANGE};
+use reqwest::header::{CONTENT_LENGTH, CONTENT_RANGE, HeaderValue, RANGE};
 use reqwest::{Method, StatusCode};
 
 use crate::client::Client;
 use crate::error::{RegistryError, innermost};
 use crate::host::{Endpoint, Lane};
+use crate::resolve::first_of;
 use crate::transport::{Answer, Call, backoff, plain_url};
 
 /// Progress after which earlier breaks of a transfer are forgotten, in bytes.
@@ -98,18 +99,51 @@ impl Client {
     /// # Errors
     /// If the host cannot be asked.
     pub async fn has_blob(&self, repository: &ImageRef, digest: Digest) -> Result<bool, RegistryError> {
-        let endpoint = self.origin(repository.domain())?;
+        Ok(self
+            .blob_size_at(&*self.origin(repository.domain())?, repository, digest)
+            .await?
+            .is_some())
+    }
+
+    /// The length of a blob in bytes, asked from mirrors and origin; `None` if none of them has it.
+    ///
+    /// # Errors
+    /// If no host can be asked.
+    pub async fn blob_size(&self, repository: &ImageRef, digest: Digest) -> Result<Option<u64>, RegistryError> {
+        let readers = self.readers(repository.domain(), Some(digest))?;
+        let found = first_of(&readers, async |endpoint| {
+            let size = self.blob_size_at(endpoint, repository, digest).await?;
+            let (what, host) = (format!("{}@{digest}", repository.name()), endpoint.host.clone());
+            size.ok_or(RegistryError::NotFound { what, host })
+        });
+        match found.await {
+            Ok(size) => Ok(Some(size)),
+            Err(RegistryError::NotFound { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn blob_size_at(
+        &self,
+        endpoint: &Endpoint,
+        repository: &ImageRef,
+        digest: Digest,
+    ) -> Result<Option<u64>, RegistryError> {
         let path = format!("/{}/blobs/{digest}", repository.path());
-        let mut call = Call::read(Method::HEAD, path, repository.path(), &endpoint);
+        let mut call = Call::read(Method::HEAD, path, repository.path(), endpoint);
         call.name = format!("{}@{digest}", repository.name());
         call.what = format!("failed to look for blob {}", call.name);
-        let answer = self.send(&endpoint, &call).await?;
+        let answer = self.send(endpoint, &call).await?;
         if answer.status() == StatusCode::NOT_FOUND {
-            return Ok(false);
+            return Ok(None);
         }
-        self.expect(&endpoint, &call, answer, &[StatusCode::OK])
-            .await
-            .map(|_| true)
+        let answer = self.expect(endpoint, &call, answer, &[StatusCode::OK]).await?;
+        let size = answer.header(CONTENT_LENGTH.as_str()).and_then(|v| v.parse().ok());
+        size.map(Some).ok_or_else(|| RegistryError::Protocol {
+            what: call.what,
+            host: endpoint.host.clone(),
+            problem: "the answer does not tell the size".to_owned(),
+        })
     }
 }
 

@@ -83,6 +83,9 @@ async fn push_resolve_and_fetch() {
     assert!(client.has_blob(&name, layer.digest).await.unwrap());
     assert!(!client.has_blob(&name, Digest::of("other")).await.unwrap());
 
+    assert_eq!(client.blob_size(&name, layer.digest).await.unwrap(), Some(layer.size));
+    assert_eq!(client.blob_size(&name, Digest::of("other")).await.unwrap(), None);
+
     // again: nothing is sent; another repository: mounted
     let source = Memory(vec![]);
     assert_eq!(
