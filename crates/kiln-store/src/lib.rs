@@ -12,7 +12,7 @@
 //! - `meta` (the index), `epoch` (what survives a power cut), `trash`, `keeper` (the background thread).
 //! - Trees: [`manifest`] (what is in one), [`tree`] (one on disk), [`view`] (what a stack of them shows), [`layer`]
 //!   (archive to tree and back), [`compress`], [`union`] (FileOp: a new tree over a view, without a mount),
-//!   [`snapshot`] (a view as the root of a process, and what it wrote).
+//!   [`snapshot`] (a view as the root of a process, and what it wrote), [`checksum`] (content digests).
 //!
 //! Absent on purpose: builds, vertices, sessions, registries. A blob that is not here arrives through a provider the
 //! caller brings.
@@ -58,6 +58,7 @@ pub use records::{CacheHit, CacheRecord, NewRecord, Records};
 pub use store::{SnapshotterChoice, Store, StoreConfig};
 
 // Trees of files: what a layer is on disk and what is done with it.
+pub mod checksum;
 pub mod compress;
 mod files;
 pub mod layer;

@@ -209,10 +209,10 @@ impl<'a> Job<'a> {
         let dest = self.prepare(out, source, is_dir)?;
         if !is_dir {
             let place = out.enter(parent(&dest))?;
-            self.include(base(source));
+            self.include(parent(source), base(source));
             return self.file(out, &node, &place, base(&dest));
         }
-        self.directory(out, node, dest)
+        self.directory(out, source, node, dest)
     }
 
     /// Works out what the source becomes, and makes the directories above it.
@@ -243,13 +243,19 @@ impl<'a> Job<'a> {
         Ok(dest)
     }
 
-    fn include(&mut self, path: &[u8]) {
+    /// Notes that something was copied, for the paths that are required. They are beginnings of the path below the source
+    /// or of the whole path.
+    fn include(&mut self, source: &[u8], relative: &[u8]) {
+        if self.required.is_empty() {
+            return;
+        }
+        let whole = join(source, relative);
         for (wanted, seen) in &mut self.required {
-            *seen = *seen || path.starts_with(wanted);
+            *seen = *seen || relative.starts_with(wanted) || whole.starts_with(wanted);
         }
     }
 
-    fn directory(&mut self, out: &mut FileWriter, node: Node, dest: Vec<u8>) -> Result<()> {
+    fn directory(&mut self, out: &mut FileWriter, source: &[u8], node: Node, dest: Vec<u8>) -> Result<()> {
         let src = self.src;
         let top = Frame {
             children: src.children(&node),
@@ -293,7 +299,7 @@ impl<'a> Job<'a> {
             if verdict == Verdict::Descend {
                 continue;
             }
-            self.include(&relative);
+            self.include(source, &relative);
             self.arrive(out, &mut stack)?;
             if !is_dir && let Some(place) = stack.last().and_then(|f| f.place.clone()) {
                 self.file(out, &node, &place, name)?;
