@@ -175,8 +175,8 @@ pub enum MountKind {
     Tmpfs {
         /// Upper limit in bytes; `None` is the kernel's default of half the memory.
         size: Option<u64>,
-        /// Mode of the directory, e.g. `0o1777`.
-        mode: u32,
+        /// Mode of the directory, e.g. `0o1777`; `None` takes that of the directory it covers, or 1777 where there is none.
+        mode: Option<u32>,
     },
     /// A single file with this content, on a private in-memory file system (secrets: never on disk, not swapped where the
     /// kernel can say so). Mode is masked with 0777.

@@ -7,14 +7,19 @@
 //! Absent on purpose: when and whether an operation runs (the solver decides), the layout of bytes on disk (the store's),
 //! namespaces (the executor's), and anything about Dockerfiles.
 
+mod cache_mounts;
 pub mod client;
 pub mod error;
 pub mod key;
-mod op;
+mod mounts;
+pub mod op;
 pub mod read;
+mod snapshot;
+mod surroundings;
 pub mod worker;
 
 pub use client::Client;
 pub use error::OpError;
 pub use read::FileInfo;
+pub use surroundings::DnsSettings;
 pub use worker::{LlbWorker, NetworkOptions, Ref, WorkerOptions};

@@ -234,7 +234,7 @@ fn surroundings(spec: &ProcessSpec, host: Host) -> Result<(Identity, Vec<Stub>),
     };
     mounts::defaults(root.as_fd(), &with)?;
     for source in &sources {
-        let mount = source.mount(&mut stage, host)?;
+        let mount = source.mount(&root, &mut stage, host)?;
         source.place(&root, mount)?;
     }
     if spec.security == SecurityMode::Sandbox {

@@ -66,7 +66,7 @@ pub(crate) struct Source<'a> {
 
 enum Open<'a> {
     Layers(Layers, &'a str),
-    Tmpfs { size: Option<u64>, mode: u32 },
+    Tmpfs { size: Option<u64>, mode: Option<u32> },
     File(&'a FileMount),
 }
 
@@ -91,7 +91,7 @@ impl Source<'_> {
     }
 
     /// Mounts it, detached.
-    pub(crate) fn mount(&self, stage: &mut Stage, host: Host) -> Result<OwnedFd, Failure> {
+    pub(crate) fn mount(&self, root: impl AsFd, stage: &mut Stage, host: Host) -> Result<OwnedFd, Failure> {
         let dest = &self.spec.dest;
         let (mount, recursive) = match &self.kind {
             Open::Layers(Layers::Plain(source), "") => (clone_mount(source).at(Step::Mount, dest)?, false),
@@ -105,7 +105,13 @@ impl Source<'_> {
                 (clone_mount(selected).at(Step::Mount, dest)?, false)
             }
             Open::Tmpfs { size, mode } => {
-                let (mode, size) = (format!("{mode:o}"), size.map(|s| s.to_string()));
+                let covered = || {
+                    rustix::fs::fstat(open_in_root(&root, dest).ok()?)
+                        .ok()
+                        .map(|s| s.st_mode & 0o7777)
+                };
+                let mode = format!("{:o}", mode.or_else(covered).unwrap_or(0o1777));
+                let size = size.map(|s| s.to_string());
                 let mut options = vec![("mode", mode.as_str())];
                 if let Some(size) = &size {
                     options.push(("size", size));

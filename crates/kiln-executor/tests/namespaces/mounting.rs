@@ -141,14 +141,14 @@ fn tmpfs_and_secret_files() {
             "/t",
             MountKind::Tmpfs {
                 size: Some(1 << 20),
-                mode: 0o1777,
+                mode: Some(0o1777),
             },
         ),
         MountSpec::new(
             "/dev/shm",
             MountKind::Tmpfs {
                 size: Some(2 << 20),
-                mode: 0o1777,
+                mode: Some(0o1777),
             },
         ),
     ];
@@ -351,7 +351,7 @@ fn readonly_root() {
         "/t",
         MountKind::Tmpfs {
             size: None,
-            mode: 0o755,
+            mode: Some(0o755),
         },
     )];
     assert_eq!(output(spec), "ro\nro\nrw\n/new\n");

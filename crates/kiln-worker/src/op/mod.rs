@@ -1,5 +1,7 @@
 //! The operations, one file each.
 
+pub mod exec;
+
 use std::sync::Arc;
 
 use kiln_llb::{Op as LlbOp, Vertex};
