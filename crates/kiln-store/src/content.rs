@@ -478,8 +478,12 @@ impl ContentWriter {
     pub fn write_bytes(&mut self, bytes: &[u8]) -> Result<()> {
         let end = self.offset + bytes.len() as u64;
         if end > self.space.bytes() {
-            let more = (end - self.space.bytes()).max(RESERVE_STEP.min(bytes.len() as u64 * 4));
-            self.content.store.grow(&mut self.space, more)?;
+            let needed = end - self.space.bytes();
+            // Ahead of need while there is room, exactly what is needed otherwise.
+            let ahead = RESERVE_STEP.min(bytes.len() as u64 * 4);
+            if ahead <= needed || self.space.grow(ahead).is_err() {
+                self.content.store.grow(&mut self.space, needed)?;
+            }
         }
         self.file.write_all(bytes).during("write", &self.draft)?;
         self.hasher.update(bytes);
@@ -574,9 +578,24 @@ impl Store {
         self.dir.part("blobs/sha256").join(format!("{}.record", digest.hex()))
     }
 
+    /// Leases a blob without a handle; whoever does it must let go of it by name. For holders inside the store.
+    pub(crate) fn lease_by_name(&self, tenant: &Tenant, digest: &Digest) -> bool {
+        let mut blobs = self.blobs.blobs.write();
+        let entry = blobs.get_mut(digest).filter(|e| !e.dying && e.record.tenants.contains(tenant));
+        entry.map(|e| e.leases += 1).is_some()
+    }
+
+    pub(crate) fn release_by_name(&self, digest: &Digest) {
+        if let Some(entry) = self.blobs.blobs.write().get_mut(digest) {
+            entry.leases = entry.leases.saturating_sub(1);
+            entry.last_used = Time::now();
+        }
+    }
+
     /// Turns a complete draft into a blob, or adds the tenant to a blob that is there.
     fn adopt_blob(self: &Arc<Self>, tenant: &Tenant, digest: Digest, draft: &mut ContentWriter) -> Result<BlobHandle> {
-        let disk = blocks_of(&draft.file);
+        // The record beside it is one block.
+        let disk = blocks_of(&draft.file) + 4096;
         let info = BlobInfo {
             digest,
             size: draft.offset,

@@ -10,7 +10,6 @@ use kiln_oci::Digest;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
-use crate::content::BlobHandle;
 use crate::error::{IoContext as _, Result, StoreError};
 use crate::ids::{Tenant, Time};
 use crate::ledger::{Area, disk_usage};
@@ -44,7 +43,8 @@ struct Stored {
 struct Held {
     record: HistoryRecord,
     disk: u64,
-    _leases: Vec<BlobHandle>,
+    /// Blobs counted as leased. Not handles: those hold the store, which holds this.
+    leased: Vec<Digest>,
 }
 
 /// All history records.
@@ -61,17 +61,12 @@ pub struct History {
 impl Store {
     /// The build history of a tenant.
     pub fn history(self: &Arc<Self>, tenant: &Tenant) -> History {
-        History {
-            store: self.clone(),
-            tenant: tenant.clone(),
-        }
+        History { store: self.clone(), tenant: tenant.clone() }
     }
 
     fn history_path(&self, tenant: &Tenant, reference: &str) -> PathBuf {
         // A ref comes from a client: it is never a file name.
-        self.dir
-            .part("history")
-            .join(Digest::of(format!("{tenant}\0{reference}")).hex())
+        self.dir.part("history").join(Digest::of(format!("{tenant}\0{reference}")).hex())
     }
 
     /// Reads what an earlier process left.
@@ -84,10 +79,7 @@ impl Store {
                     let disk = disk_usage(&path)?;
                     self.ledger.add(Area::History, disk);
                     let held = self.hold(&stored.tenant, stored.record, disk);
-                    self.histories
-                        .0
-                        .lock()
-                        .insert((stored.tenant, held.record.reference.clone()), Arc::new(held));
+                    self.histories.0.lock().insert((stored.tenant, held.record.reference.clone()), Arc::new(held));
                 }
                 Err(error) => {
                     tracing::info!(%error, "an incomplete history record is removed");
@@ -99,12 +91,13 @@ impl Store {
     }
 
     fn hold(self: &Arc<Self>, tenant: &Tenant, record: HistoryRecord, disk: u64) -> Held {
-        let content = self.content(tenant);
-        let leases = record.blobs.iter().filter_map(|d| content.lease(d)).collect();
-        Held {
-            record,
-            disk,
-            _leases: leases,
+        let leased = record.blobs.iter().copied().filter(|d| self.lease_by_name(tenant, d)).collect();
+        Held { record, disk, leased }
+    }
+
+    fn let_go(&self, held: &Held) {
+        for digest in &held.leased {
+            self.release_by_name(digest);
         }
     }
 }
@@ -117,10 +110,7 @@ impl History {
     pub fn put(&self, record: HistoryRecord) -> Result<()> {
         let path = self.store.history_path(&self.tenant, &record.reference);
         let _writing = self.store.epochs.enter();
-        let stored = Stored {
-            tenant: self.tenant.clone(),
-            record,
-        };
+        let stored = Stored { tenant: self.tenant.clone(), record };
         record_file::write(&path, &stored)?;
         let disk = disk_usage(&path)?;
         self.store.ledger.add(Area::History, disk);
@@ -129,6 +119,7 @@ impl History {
         let old = self.store.histories.0.lock().insert(key, held);
         if let Some(old) = old {
             self.store.ledger.sub(Area::History, old.disk);
+            self.store.let_go(&old);
         }
         self.store.keeper.wake();
         Ok(())
@@ -137,9 +128,7 @@ impl History {
     /// A record by ref.
     pub fn get(&self, reference: &str) -> Option<HistoryRecord> {
         let table = self.store.histories.0.lock();
-        table
-            .get(&(self.tenant.clone(), reference.to_owned()))
-            .map(|h| h.record.clone())
+        table.get(&(self.tenant.clone(), reference.to_owned())).map(|h| h.record.clone())
     }
 
     /// All records, newest first.
@@ -148,11 +137,7 @@ impl History {
         let own = table.iter().filter(|((tenant, _), _)| *tenant == self.tenant);
         let mut records: Vec<_> = own.map(|(_, h)| h.record.clone()).collect();
         drop(table);
-        records.sort_by(|a, b| {
-            b.created_at
-                .cmp(&a.created_at)
-                .then_with(|| a.reference.cmp(&b.reference))
-        });
+        records.sort_by(|a, b| b.created_at.cmp(&a.created_at).then_with(|| a.reference.cmp(&b.reference)));
         records
     }
 
@@ -161,10 +146,7 @@ impl History {
     /// # Errors
     /// [`StoreError::NotFound`], or it cannot be written.
     pub fn pin(&self, reference: &str, pinned: bool) -> Result<()> {
-        let missing = || StoreError::NotFound {
-            what: "build",
-            id: reference.to_owned(),
-        };
+        let missing = || StoreError::NotFound { what: "build", id: reference.to_owned() };
         let record = self.get(reference).ok_or_else(missing)?;
         self.put(HistoryRecord { pinned, ..record })
     }
@@ -174,13 +156,9 @@ impl History {
     /// # Errors
     /// If it cannot be removed.
     pub fn delete(&self, reference: &str) -> Result<bool> {
-        let old = self
-            .store
-            .histories
-            .0
-            .lock()
-            .remove(&(self.tenant.clone(), reference.to_owned()));
+        let old = self.store.histories.0.lock().remove(&(self.tenant.clone(), reference.to_owned()));
         let Some(old) = old else { return Ok(false) };
+        self.store.let_go(&old);
         let path = self.store.history_path(&self.tenant, reference);
         self.store.trash.discard(&self.store, &path, Area::History, old.disk)?;
         Ok(true)

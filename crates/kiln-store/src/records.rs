@@ -77,6 +77,8 @@ pub struct NewRecord {
     pub outputs: Vec<Option<LayerRef>>,
     /// Content digests of the outputs that are known already: they belong to this version. Selector and digest.
     pub aliases: Vec<(String, Digest)>,
+    /// Written in the same commit: see [`Records::set_notes`].
+    pub notes: Vec<(Vec<u8>, Vec<u8>)>,
     /// When the outputs were made; now, unless they come from an import.
     pub created_at: Time,
 }
@@ -256,6 +258,7 @@ impl Records {
             let key = alias_key(&self.tenant, &stored.record.id, version, selector);
             batch.put(Table::Aliases, key, digest)?;
         }
+        self.add_notes(&mut batch, &new.notes)?;
         self.link(&mut batch, &stored)?;
         // Beside the tree first: if the process ends between the two, the next start finds it there.
         if let Some(path) = self.store.save_path(&stored)
@@ -316,6 +319,35 @@ impl Records {
         batch.put(Table::Aliases, alias_key(&self.tenant, id, version, selector), digest)?;
         self.store.index.commit(&batch)?;
         self.store.keeper.wake();
+        Ok(())
+    }
+
+    /// What was noted under a key.
+    ///
+    /// # Errors
+    /// If the index cannot be read.
+    pub fn note(&self, key: &[u8]) -> Result<Option<Vec<u8>>> {
+        let text: Option<String> = self.store.index.get(Table::Notes, &key_of(&self.tenant, key))?;
+        Ok(text.and_then(|text| hex::decode(text).ok()))
+    }
+
+    /// Notes small facts in one commit: plain keys and values of the tenant. They are lost when the index is rebuilt, so
+    /// only what can be computed again belongs here.
+    ///
+    /// # Errors
+    /// If it could not be written.
+    pub fn set_notes(&self, notes: &[(Vec<u8>, Vec<u8>)]) -> Result<()> {
+        let mut batch = Batch::new();
+        self.add_notes(&mut batch, notes)?;
+        self.store.index.commit(&batch)?;
+        self.store.keeper.wake();
+        Ok(())
+    }
+
+    fn add_notes(&self, batch: &mut Batch, notes: &[(Vec<u8>, Vec<u8>)]) -> Result<()> {
+        for (key, value) in notes {
+            batch.put(Table::Notes, key_of(&self.tenant, key), &hex::encode(value))?;
+        }
         Ok(())
     }
 

@@ -1,7 +1,7 @@
 //! The journal in front of the tables: commits that the engine may still hold in the memory of the process.
 //!
-//! Files `journal.<n>`, `n` rising. An entry is its length (u32), the xxh3 of its body (u64), then the body: for each
-//! change the table's byte, key length and key (u32), and value length plus one and value (u32; 0 means removed). All
+//! Files `journal.<n>`, `n` rising. An entry is its length (u32), the xxh3 of its body (u64), then the body:
+//! the sum over all tables after the commit (u64, see `Index`), and for each change the table's byte, key length and key (u32), and value length plus one and value (u32; 0 means removed). All
 //! numbers are little-endian.
 
 use std::fs::{self, File, OpenOptions};
@@ -26,7 +26,13 @@ pub(super) struct Journal {
     torn: bool,
 }
 
-type Opened = (Journal, Vec<Vec<Change>>, Option<PathBuf>);
+/// One commit as it was written, with the sum over all tables after it.
+pub(super) struct Entry {
+    pub(super) changes: Vec<Change>,
+    pub(super) sum: u64,
+}
+
+type Opened = (Journal, Vec<Entry>, Option<PathBuf>);
 
 impl Journal {
     /// Reads what is there (oldest first) and starts a new file. The third value names a file with an incomplete end.
@@ -62,13 +68,13 @@ impl Journal {
     }
 
     /// Appends one commit with one `write`.
-    pub(super) fn append(&mut self, changes: &[Change]) -> Result<()> {
+    pub(super) fn append(&mut self, changes: &[Change], sum: u64) -> Result<()> {
         let path = path(&self.dir, self.number);
         if self.torn {
             self.file.set_len(self.length).during("truncate", &path)?;
             self.torn = false;
         }
-        let entry = encode(changes);
+        let entry = encode(changes, sum);
         if let Err(error) = self.file.write_all(&entry) {
             self.torn = true;
             return Err(error).during("write", &path);
@@ -125,8 +131,9 @@ fn numbers(dir: &Path) -> Result<Vec<u64>> {
     Ok(numbers)
 }
 
-fn encode(changes: &[Change]) -> Vec<u8> {
+fn encode(changes: &[Change], sum: u64) -> Vec<u8> {
     let mut out = vec![0; 12];
+    out.extend_from_slice(&sum.to_le_bytes());
     for change in changes {
         out.push(change.table.code());
         put_bytes(&mut out, &change.key, 0);
@@ -151,13 +158,14 @@ fn put_bytes(out: &mut Vec<u8>, bytes: &[u8], plus: u32) {
 }
 
 /// Adds every whole entry; `false` if something at the end is not one.
-fn parse(mut raw: &[u8], batches: &mut Vec<Vec<Change>>) -> bool {
+fn parse(mut raw: &[u8], batches: &mut Vec<Entry>) -> bool {
     while !raw.is_empty() {
         let Some((body, rest)) = take_entry(raw) else {
             return false;
         };
-        let Some(changes) = parse_body(body) else { return false };
-        batches.push(changes);
+        let Some((sum, changes)) = body.split_first_chunk::<8>() else { return false };
+        let Some(changes) = parse_body(changes) else { return false };
+        batches.push(Entry { changes, sum: u64::from_le_bytes(*sum) });
         raw = rest;
     }
     true

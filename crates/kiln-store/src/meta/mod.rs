@@ -46,11 +46,13 @@ pub(crate) enum Table {
     Aliases,
     /// Layer id of a snapshot, selector -> content digest, diff id of a tree and the like: facts about immutable things.
     Facts,
+    /// Tenant, key -> bytes: what the solver remembers beside the records. Lost with the index.
+    Notes,
 }
 
 impl Table {
     /// All tables.
-    pub(crate) const ALL: [Self; 9] = [
+    pub(crate) const ALL: [Self; 10] = [
         Self::Layers,
         Self::Usage,
         Self::Trees,
@@ -60,6 +62,7 @@ impl Table {
         Self::Outputs,
         Self::Aliases,
         Self::Facts,
+        Self::Notes,
     ];
 
     /// Name in the journal.
@@ -74,6 +77,7 @@ impl Table {
             Self::Outputs => b'o',
             Self::Aliases => b'a',
             Self::Facts => b'f',
+            Self::Notes => b'n',
         }
     }
 
@@ -153,25 +157,70 @@ pub(crate) struct IndexOpened {
 pub(crate) struct Index {
     dir: PathBuf,
     tables: Box<dyn MetaStore>,
-    journal: Mutex<Journal>,
+    journal: Mutex<Writer>,
     damaged: AtomicU64,
     broken: AtomicBool,
-    /// Number of the last group sync, in the tables and in the stamp file: an engine that silently forgot some of its
-    /// log (sled cuts it at the first damaged page) is found out by it.
+    /// Number of the last group sync.
     sequence: AtomicU64,
 }
 
-/// Key of the sync number among the facts.
-const SEQUENCE: &[u8] = b"\0sequence";
+/// The journal, and the sum over everything committed: hashes of table, key and value of every pair, added up. An engine
+/// that silently forgot something (sled cuts its log at the first damaged page) is found out by it when it is opened.
+struct Writer {
+    journal: Journal,
+    sum: u64,
+}
 
-fn read_stamp(dir: &Path) -> u64 {
-    match record_file::read::<u64>(&dir.join("stamp")) {
-        Ok(stamp) => stamp,
+/// What the tables held at the last group sync.
+#[derive(Clone, Copy, Debug, Serialize, serde::Deserialize)]
+struct Stamp {
+    sequence: u64,
+    sum: u64,
+}
+
+fn hash_of(table: Table, key: &[u8], value: &[u8]) -> u64 {
+    let mut hasher = xxhash_rust::xxh3::Xxh3::new();
+    hasher.update(&[table.code()]);
+    hasher.update(&(key.len() as u64).to_le_bytes());
+    hasher.update(key);
+    hasher.update(value);
+    hasher.digest()
+}
+
+fn sum_of(tables: &dyn MetaStore) -> Result<u64> {
+    let mut sum = 0u64;
+    for table in Table::ALL {
+        tables.scan(table, b"", &mut |key, value| {
+            sum = sum.wrapping_add(hash_of(table, key, value));
+            ControlFlow::Continue(())
+        })?;
+    }
+    Ok(sum)
+}
+
+/// Empties all tables. Returns the sum over nothing.
+fn clear(tables: &dyn MetaStore) -> Result<u64> {
+    for table in Table::ALL {
+        let mut changes = Vec::new();
+        tables.scan(table, b"", &mut |key, _| {
+            changes.push(Change { table, key: key.to_vec(), value: None });
+            ControlFlow::Continue(())
+        })?;
+        for part in changes.chunks(1000) {
+            tables.apply(part)?;
+        }
+    }
+    Ok(0)
+}
+
+fn read_stamp(dir: &Path) -> Option<Stamp> {
+    match record_file::read(&dir.join("stamp")) {
+        Ok(stamp) => Some(stamp),
         Err(error) => {
             if !error.is_missing_file() {
                 tracing::warn!(%error, "the index has no readable stamp; its completeness is not checked");
             }
-            0
+            None
         }
     }
 }
@@ -192,38 +241,37 @@ impl Index {
         mut opened: IndexOpened,
     ) -> Result<(Self, IndexOpened)> {
         let stamp = read_stamp(dir);
+        let (journal, entries, torn) = Journal::open(dir)?;
+        let mut sum = 0;
         let mut sequence = 0;
         if opened.rebuild.is_none() {
-            sequence = match tables
-                .get(Table::Facts, SEQUENCE)?
-                .map(|raw| record_file::decode::<u64>(&raw))
-            {
-                Some(Ok(sequence)) => sequence,
-                Some(Err(_)) | None => 0,
-            };
-            if sequence < stamp {
-                opened.rebuild = Some(format!("the engine lost commits {} to {stamp}", sequence + 1));
+            for entry in &entries {
+                tables.apply(&entry.changes)?;
             }
-        }
-        let (journal, batches, torn) = Journal::open(dir)?;
-        if opened.rebuild.is_none() {
-            for batch in &batches {
-                tables.apply(batch)?;
+            opened.replayed = entries.len();
+            sum = sum_of(&*tables)?;
+            let expected = entries.last().map(|e| e.sum).or(stamp.map(|s| s.sum));
+            sequence = stamp.map_or(0, |s| s.sequence);
+            if expected.is_some_and(|expected| expected != sum) {
+                opened.rebuild = Some("the engine does not hold what was committed to it".into());
             }
-            opened.replayed = batches.len();
         }
         if let Some(at) = &torn {
             tracing::info!(file = %at.display(), "the last journal entry was not complete; ignored");
         }
+        if opened.rebuild.is_some() {
+            // Whatever is left of it would be taken for newer than what the records on disk say.
+            sum = clear(&*tables)?;
+        }
         let index = Self {
             dir: dir.to_owned(),
             tables,
-            journal: Mutex::new(journal),
+            journal: Mutex::new(Writer { journal, sum }),
             damaged: AtomicU64::new(0),
             broken: AtomicBool::new(false),
-            sequence: AtomicU64::new(sequence.max(stamp)),
+            sequence: AtomicU64::new(sequence),
         };
-        if opened.replayed > 0 || torn.is_some() {
+        if opened.replayed > 0 || torn.is_some() || opened.rebuild.is_some() {
             index.sync()?;
         }
         Ok((index, opened))
@@ -235,9 +283,31 @@ impl Index {
             return Ok(());
         }
         // The journal's order must be the order of application, so this one lock spans one short write.
-        let mut journal = self.journal.lock();
-        journal.append(&batch.changes)?;
-        self.note(self.tables.apply(&batch.changes))
+        let mut writer = self.journal.lock();
+        self.commit_in(&mut writer, &batch.changes)
+    }
+
+    fn commit_in(&self, writer: &mut Writer, changes: &[Change]) -> Result<()> {
+        let mut sum = writer.sum;
+        let mut fresh: std::collections::HashMap<(Table, &[u8]), Option<&[u8]>> = std::collections::HashMap::new();
+        for change in changes {
+            let key = (change.table, change.key.as_slice());
+            let old = match fresh.get(&key) {
+                Some(value) => value.map(<[u8]>::to_vec),
+                None => self.note(self.tables.get(change.table, &change.key))?,
+            };
+            if let Some(old) = old {
+                sum = sum.wrapping_sub(hash_of(change.table, &change.key, &old));
+            }
+            if let Some(new) = &change.value {
+                sum = sum.wrapping_add(hash_of(change.table, &change.key, new));
+            }
+            fresh.insert(key, change.value.as_deref());
+        }
+        writer.journal.append(changes, sum)?;
+        self.note(self.tables.apply(changes))?;
+        writer.sum = sum;
+        Ok(())
     }
 
     /// The value of a key. A damaged value counts as missing and is counted.
@@ -284,24 +354,19 @@ impl Index {
 
     /// Whether there are commits that only the journal holds.
     pub(crate) fn is_dirty(&self) -> bool {
-        !self.journal.lock().is_empty()
+        !self.journal.lock().journal.is_empty()
     }
 
     /// Group commit: everything committed before is on the device when this returns.
     pub(crate) fn sync(&self) -> Result<()> {
-        let sealed = self.journal.lock().rotate()?;
-        let sequence = self.sequence.fetch_add(1, Ordering::AcqRel) + 1;
-        let mark = Change {
-            table: Table::Facts,
-            key: SEQUENCE.to_vec(),
-            value: Some(record_file::encode(&sequence)?),
+        let (sealed, stamp) = {
+            let mut writer = self.journal.lock();
+            let sealed = writer.journal.rotate()?;
+            let sequence = self.sequence.fetch_add(1, Ordering::AcqRel) + 1;
+            (sealed, Stamp { sequence, sum: writer.sum })
         };
-        self.note(
-            self.tables
-                .apply(std::slice::from_ref(&mark))
-                .and_then(|()| self.tables.sync()),
-        )?;
-        record_file::write(&self.dir.join("stamp"), &sequence)?;
+        self.note(self.tables.sync())?;
+        record_file::write(&self.dir.join("stamp"), &stamp)?;
         Journal::forget(&self.dir, sealed)
     }
 

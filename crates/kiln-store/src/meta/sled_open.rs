@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use super::sled_tables::SledTables;
 use super::{IndexOpened, MetaStore, caught};
@@ -65,12 +66,7 @@ fn open_in_helper(engine: &Path) -> Result<SledTables> {
     let path = engine.to_owned();
     let work = move || {
         caught("open", || {
-            let db = sled::Config::new()
-                .path(&path)
-                .cache_capacity(CACHE)
-                .flush_every_ms(None)
-                .open()
-                .map_err(|e| StoreError::Index(format!("open: {e}")))?;
+            let db = open_engine(&path)?;
             let tables = SledTables::new(db, &path)?;
             // Reading everything once brings damage to light here, not in the middle of a build.
             tables.live_bytes()?;
@@ -82,6 +78,22 @@ fn open_in_helper(engine: &Path) -> Result<SledTables> {
     helper.join().map_err(|_| StoreError::Panicked {
         task: "opening the index",
     })?
+}
+
+/// Opens the engine's directory. An engine of this process that was just dropped may hold its file lock for a moment
+/// longer (its threads end in the background); nobody else can, because the state directory is locked.
+fn open_engine(path: &Path) -> Result<sled::Db> {
+    let give_up = Instant::now() + Duration::from_secs(5);
+    loop {
+        let config = sled::Config::new().path(path).cache_capacity(CACHE).flush_every_ms(None);
+        match config.open() {
+            Ok(db) => return Ok(db),
+            Err(error) if error.to_string().contains("acquire lock") && Instant::now() < give_up => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            Err(error) => return Err(StoreError::Index(format!("open: {error}"))),
+        }
+    }
 }
 
 /// Moves the engine and the journal away; they are evidence, not garbage, until the rebuilt index is in use.
