@@ -146,6 +146,8 @@ impl ActiveSnapshot {
         let mut batch = crate::meta::Batch::new();
         batch.put(crate::meta::Table::Trees, id.as_str(), &described)?;
         store.commit_or_warn(&batch, "tree");
+        drop(writing);
+        store.settle_limit()?;
         Ok(record)
     }
 

@@ -581,7 +581,9 @@ impl Store {
     /// Leases a blob without a handle; whoever does it must let go of it by name. For holders inside the store.
     pub(crate) fn lease_by_name(&self, tenant: &Tenant, digest: &Digest) -> bool {
         let mut blobs = self.blobs.blobs.write();
-        let entry = blobs.get_mut(digest).filter(|e| !e.dying && e.record.tenants.contains(tenant));
+        let entry = blobs
+            .get_mut(digest)
+            .filter(|e| !e.dying && e.record.tenants.contains(tenant));
         entry.map(|e| e.leases += 1).is_some()
     }
 

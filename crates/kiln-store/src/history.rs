@@ -61,12 +61,17 @@ pub struct History {
 impl Store {
     /// The build history of a tenant.
     pub fn history(self: &Arc<Self>, tenant: &Tenant) -> History {
-        History { store: self.clone(), tenant: tenant.clone() }
+        History {
+            store: self.clone(),
+            tenant: tenant.clone(),
+        }
     }
 
     fn history_path(&self, tenant: &Tenant, reference: &str) -> PathBuf {
         // A ref comes from a client: it is never a file name.
-        self.dir.part("history").join(Digest::of(format!("{tenant}\0{reference}")).hex())
+        self.dir
+            .part("history")
+            .join(Digest::of(format!("{tenant}\0{reference}")).hex())
     }
 
     /// Reads what an earlier process left.
@@ -79,7 +84,10 @@ impl Store {
                     let disk = disk_usage(&path)?;
                     self.ledger.add(Area::History, disk);
                     let held = self.hold(&stored.tenant, stored.record, disk);
-                    self.histories.0.lock().insert((stored.tenant, held.record.reference.clone()), Arc::new(held));
+                    self.histories
+                        .0
+                        .lock()
+                        .insert((stored.tenant, held.record.reference.clone()), Arc::new(held));
                 }
                 Err(error) => {
                     tracing::info!(%error, "an incomplete history record is removed");
@@ -91,7 +99,12 @@ impl Store {
     }
 
     fn hold(self: &Arc<Self>, tenant: &Tenant, record: HistoryRecord, disk: u64) -> Held {
-        let leased = record.blobs.iter().copied().filter(|d| self.lease_by_name(tenant, d)).collect();
+        let leased = record
+            .blobs
+            .iter()
+            .copied()
+            .filter(|d| self.lease_by_name(tenant, d))
+            .collect();
         Held { record, disk, leased }
     }
 
@@ -110,7 +123,10 @@ impl History {
     pub fn put(&self, record: HistoryRecord) -> Result<()> {
         let path = self.store.history_path(&self.tenant, &record.reference);
         let _writing = self.store.epochs.enter();
-        let stored = Stored { tenant: self.tenant.clone(), record };
+        let stored = Stored {
+            tenant: self.tenant.clone(),
+            record,
+        };
         record_file::write(&path, &stored)?;
         let disk = disk_usage(&path)?;
         self.store.ledger.add(Area::History, disk);
@@ -128,7 +144,9 @@ impl History {
     /// A record by ref.
     pub fn get(&self, reference: &str) -> Option<HistoryRecord> {
         let table = self.store.histories.0.lock();
-        table.get(&(self.tenant.clone(), reference.to_owned())).map(|h| h.record.clone())
+        table
+            .get(&(self.tenant.clone(), reference.to_owned()))
+            .map(|h| h.record.clone())
     }
 
     /// All records, newest first.
@@ -137,7 +155,11 @@ impl History {
         let own = table.iter().filter(|((tenant, _), _)| *tenant == self.tenant);
         let mut records: Vec<_> = own.map(|(_, h)| h.record.clone()).collect();
         drop(table);
-        records.sort_by(|a, b| b.created_at.cmp(&a.created_at).then_with(|| a.reference.cmp(&b.reference)));
+        records.sort_by(|a, b| {
+            b.created_at
+                .cmp(&a.created_at)
+                .then_with(|| a.reference.cmp(&b.reference))
+        });
         records
     }
 
@@ -146,7 +168,10 @@ impl History {
     /// # Errors
     /// [`StoreError::NotFound`], or it cannot be written.
     pub fn pin(&self, reference: &str, pinned: bool) -> Result<()> {
-        let missing = || StoreError::NotFound { what: "build", id: reference.to_owned() };
+        let missing = || StoreError::NotFound {
+            what: "build",
+            id: reference.to_owned(),
+        };
         let record = self.get(reference).ok_or_else(missing)?;
         self.put(HistoryRecord { pinned, ..record })
     }
@@ -156,7 +181,12 @@ impl History {
     /// # Errors
     /// If it cannot be removed.
     pub fn delete(&self, reference: &str) -> Result<bool> {
-        let old = self.store.histories.0.lock().remove(&(self.tenant.clone(), reference.to_owned()));
+        let old = self
+            .store
+            .histories
+            .0
+            .lock()
+            .remove(&(self.tenant.clone(), reference.to_owned()));
         let Some(old) = old else { return Ok(false) };
         self.store.let_go(&old);
         let path = self.store.history_path(&self.tenant, reference);

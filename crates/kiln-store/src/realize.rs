@@ -91,7 +91,7 @@ enum Key {
 enum Value {
     Blob(BlobHandle),
     Tree(Tree),
-    Packed(Descriptor),
+    Packed(Box<Descriptor>),
 }
 
 type Outcome = std::result::Result<Value, Arc<StoreError>>;
@@ -661,12 +661,7 @@ impl Store {
         let (store, tenant, description) = (self.clone(), tenant.clone(), description.to_owned());
         let layer = blocking("comparing layers", move |stop| {
             let active = store.new_active(&tenant, None, &View::scratch())?;
-            stop.check()?;
-            if lower_view.root().is_some() || upper_view.root().is_some() {
-                return Err(StoreError::Unsupported(
-                    "comparing layers that are not built on each other".into(),
-                ));
-            }
+            crate::union::stack::diff_views(&lower_view, &upper_view, active.builder()?, stop)?;
             active.commit(LayerMeta {
                 description,
                 ..LayerMeta::default()
@@ -775,14 +770,14 @@ impl Store {
                 async move {
                     let outcome = store.pack_now(&owner, compression, &ctx).await;
                     store.in_flight.done(&key);
-                    outcome.map(Value::Packed).map_err(Arc::new)
+                    outcome.map(|d| Value::Packed(Box::new(d))).map_err(Arc::new)
                 }
                 .boxed()
             });
             match work.await {
                 Ok(Value::Packed(blob)) => {
                     self.learn_chain(&layer.node)?;
-                    return Ok(blob);
+                    return Ok(*blob);
                 }
                 Ok(_) => {
                     return Err(StoreError::NotFound {

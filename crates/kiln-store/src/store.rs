@@ -140,18 +140,35 @@ impl Store {
 
     /// Enlarges a promise in the same way.
     pub(crate) fn grow(self: &Arc<Self>, reservation: &mut Reservation, more: u64) -> Result<()> {
-        match reservation.grow(more) {
-            Err(error) if error.is_no_space() => {
-                let freed = self.relieve(more)?;
-                tracing::warn!(
-                    wanted = more,
-                    freed,
-                    "the disk limit left no choice: a build waited for garbage collection"
-                );
-                if freed == 0 { Err(error) } else { reservation.grow(more) }
+        loop {
+            let refused = match reservation.grow(more) {
+                Err(error) if error.is_no_space() => error,
+                other => return other,
+            };
+            let freed = self.relieve(more)?;
+            tracing::warn!(
+                wanted = more,
+                freed,
+                "the disk limit left no choice: a build waited for garbage collection"
+            );
+            if freed == 0 {
+                return Err(refused);
             }
-            other => other,
         }
+    }
+
+    /// What a step wrote is known only when its tree is sealed. If that went over the limit, room is made now.
+    pub(crate) fn settle_limit(self: &Arc<Self>) -> Result<()> {
+        let report = self.ledger.report();
+        if report.limit > 0 && report.used > report.limit {
+            let freed = self.relieve(report.used - report.limit)?;
+            tracing::warn!(
+                over = report.used - report.limit,
+                freed,
+                "the disk limit was passed by a step"
+            );
+        }
+        Ok(())
     }
 
     /// Makes everything written so far durable. Builds do not wait for this; tests and shutdown do.

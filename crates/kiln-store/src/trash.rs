@@ -23,7 +23,11 @@ struct Item {
 
 /// What lies under `trash/`.
 #[derive(Debug, Default)]
-pub(crate) struct Trash(Mutex<VecDeque<Item>>);
+pub(crate) struct Trash {
+    items: Mutex<VecDeque<Item>>,
+    /// One at a time empties it, so that who needs space waits for what is being unlinked already.
+    emptying: Mutex<()>,
+}
 
 impl Trash {
     /// Takes `path` away; `bytes` move from `area` to the trash in the ledger. That it is gone already is no error.
@@ -34,7 +38,7 @@ impl Trash {
         match fs::rename(path, &target) {
             Ok(()) => {
                 store.ledger.transfer(area, Area::Trash, bytes);
-                self.0.lock().push_back(Item {
+                self.items.lock().push_back(Item {
                     name,
                     epoch: writing.epoch(),
                     bytes,
@@ -60,7 +64,7 @@ impl Trash {
             let bytes = crate::ledger::disk_usage(&entry.path())?;
             store.ledger.add(Area::Trash, bytes);
             let name = entry.file_name().to_string_lossy().into_owned();
-            self.0.lock().push_back(Item {
+            self.items.lock().push_back(Item {
                 name,
                 epoch: writing.epoch(),
                 bytes,
@@ -70,11 +74,12 @@ impl Trash {
     }
 
     pub(crate) fn is_empty(&self) -> bool {
-        self.0.lock().is_empty()
+        self.items.lock().is_empty()
     }
 
     /// Unlinks what was moved here in sealed epochs. Returns the bytes freed.
     pub(crate) fn empty(&self, store: &Store, stop: &Stop) -> Result<u64> {
+        let _one = self.emptying.lock();
         let root: PathBuf = store.dir.part("trash");
         let dir = Dir::open_ambient(&root)?;
         let mut freed = 0;
@@ -82,7 +87,7 @@ impl Trash {
             stop.check()?;
             let sealed = store.epochs.sealed();
             let next = {
-                let mut items = self.0.lock();
+                let mut items = self.items.lock();
                 match items.front() {
                     Some(item) if item.epoch <= sealed => items.pop_front(),
                     _ => None,
@@ -91,7 +96,7 @@ impl Trash {
             let Some(item) = next else { return Ok(freed) };
             if let Err(error) = kiln_fs::remove::remove_tree(&dir, &item.name, stop) {
                 let stopped = matches!(error, kiln_fs::Error::Stopped(_));
-                self.0.lock().push_back(item);
+                self.items.lock().push_back(item);
                 if !stopped {
                     // What cannot be removed now stays counted and is tried again by the next start.
                     tracing::warn!(%error, "could not remove something from the trash");

@@ -163,9 +163,16 @@ fn parse(mut raw: &[u8], batches: &mut Vec<Entry>) -> bool {
         let Some((body, rest)) = take_entry(raw) else {
             return false;
         };
-        let Some((sum, changes)) = body.split_first_chunk::<8>() else { return false };
-        let Some(changes) = parse_body(changes) else { return false };
-        batches.push(Entry { changes, sum: u64::from_le_bytes(*sum) });
+        let Some((sum, changes)) = body.split_first_chunk::<8>() else {
+            return false;
+        };
+        let Some(changes) = parse_body(changes) else {
+            return false;
+        };
+        batches.push(Entry {
+            changes,
+            sum: u64::from_le_bytes(*sum),
+        });
         raw = rest;
     }
     true

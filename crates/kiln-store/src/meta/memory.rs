@@ -9,9 +9,11 @@ use parking_lot::RwLock;
 use super::{Change, Each, MetaStore, Table};
 use crate::error::Result;
 
+type Pairs = BTreeMap<(Table, Vec<u8>), Vec<u8>>;
+
 /// Ordered maps; `sync` has nothing to do.
 #[derive(Default)]
-pub(crate) struct MemoryTables(RwLock<BTreeMap<(Table, Vec<u8>), Vec<u8>>>);
+pub(crate) struct MemoryTables(RwLock<Pairs>);
 
 impl MetaStore for MemoryTables {
     fn get(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>> {

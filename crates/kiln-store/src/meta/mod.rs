@@ -203,7 +203,11 @@ fn clear(tables: &dyn MetaStore) -> Result<u64> {
     for table in Table::ALL {
         let mut changes = Vec::new();
         tables.scan(table, b"", &mut |key, _| {
-            changes.push(Change { table, key: key.to_vec(), value: None });
+            changes.push(Change {
+                table,
+                key: key.to_vec(),
+                value: None,
+            });
             ControlFlow::Continue(())
         })?;
         for part in changes.chunks(1000) {
@@ -363,7 +367,13 @@ impl Index {
             let mut writer = self.journal.lock();
             let sealed = writer.journal.rotate()?;
             let sequence = self.sequence.fetch_add(1, Ordering::AcqRel) + 1;
-            (sealed, Stamp { sequence, sum: writer.sum })
+            (
+                sealed,
+                Stamp {
+                    sequence,
+                    sum: writer.sum,
+                },
+            )
         };
         self.note(self.tables.sync())?;
         record_file::write(&self.dir.join("stamp"), &stamp)?;

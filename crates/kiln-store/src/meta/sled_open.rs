@@ -85,7 +85,10 @@ fn open_in_helper(engine: &Path) -> Result<SledTables> {
 fn open_engine(path: &Path) -> Result<sled::Db> {
     let give_up = Instant::now() + Duration::from_secs(5);
     loop {
-        let config = sled::Config::new().path(path).cache_capacity(CACHE).flush_every_ms(None);
+        let config = sled::Config::new()
+            .path(path)
+            .cache_capacity(CACHE)
+            .flush_every_ms(None);
         match config.open() {
             Ok(db) => return Ok(db),
             Err(error) if error.to_string().contains("acquire lock") && Instant::now() < give_up => {

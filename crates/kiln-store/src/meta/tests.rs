@@ -60,10 +60,15 @@ fn commits_survive_without_a_sync() {
 fn torn_journal_ends_are_ignored_at_every_length() {
     let dir = tempfile::tempdir().unwrap();
     let (mut journal, _, _) = Journal::open(dir.path()).unwrap();
-    journal.append(&batch(&[(Table::Keys, "a", Some(1))]).changes, 0).unwrap();
+    journal
+        .append(&batch(&[(Table::Keys, "a", Some(1))]).changes, 0)
+        .unwrap();
     let first = std::fs::metadata(dir.path().join("journal.0")).unwrap().len() as usize;
     journal
-        .append(&batch(&[(Table::Keys, "b", Some(2)), (Table::Usage, "c", None)]).changes, 0)
+        .append(
+            &batch(&[(Table::Keys, "b", Some(2)), (Table::Usage, "c", None)]).changes,
+            0,
+        )
         .unwrap();
     let whole = std::fs::read(dir.path().join("journal.0")).unwrap();
     for cut in 0..whole.len() {

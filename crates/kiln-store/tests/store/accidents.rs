@@ -90,8 +90,10 @@ fn half_written_things_are_thrown_away() {
     }
     store.close().unwrap();
     drop(store);
-    let trees: Vec<PathBuf> =
-        std::fs::read_dir(dir.path().join("trees")).unwrap().map(|e| e.unwrap().path()).collect();
+    let trees: Vec<PathBuf> = std::fs::read_dir(dir.path().join("trees"))
+        .unwrap()
+        .map(|e| e.unwrap().path())
+        .collect();
     std::fs::remove_dir_all(&trees[0]).unwrap();
     std::fs::create_dir_all(dir.path().join("trees/notatree/fs")).unwrap();
     std::fs::create_dir_all(dir.path().join("active/leftover/fs")).unwrap();
@@ -112,7 +114,11 @@ struct Mounted(PathBuf);
 impl Mounted {
     fn new(at: &Path, args: &[&str]) -> Option<Self> {
         std::fs::create_dir_all(at).unwrap();
-        let done = Command::new("mount").args(args).arg(at).stderr(std::process::Stdio::null()).status();
+        let done = Command::new("mount")
+            .args(args)
+            .arg(at)
+            .stderr(std::process::Stdio::null())
+            .status();
         done.is_ok_and(|s| s.success()).then(|| Self(at.to_owned()))
     }
 }
@@ -173,7 +179,18 @@ fn a_full_disk_is_an_error_and_loses_nothing() {
     }
     let store = open(&root);
     assert_eq!(hits(&store, saved), saved);
-    store.prune(&tenant(), &kiln_store::GcPolicy { keep_duration: std::time::Duration::from_secs(3600), ..Default::default() }, &|_| true, &kiln_store::Stop::new(), &mut |_| {}).unwrap();
+    store
+        .prune(
+            &tenant(),
+            &kiln_store::GcPolicy {
+                keep_duration: std::time::Duration::from_secs(3600),
+                ..Default::default()
+            },
+            &|_| true,
+            &kiln_store::Stop::new(),
+            &mut |_| {},
+        )
+        .unwrap();
     save(&store, saved).unwrap();
     store.close().unwrap();
 }
@@ -181,10 +198,19 @@ fn a_full_disk_is_an_error_and_loses_nothing() {
 #[test]
 fn the_limit_makes_room_from_what_is_unused_and_then_refuses() {
     let dir = tempfile::tempdir().unwrap();
-    let store = Store::open(StoreConfig { limit: 40 << 20, ..StoreConfig::new(dir.path()) }).unwrap().0;
+    let store = Store::open(StoreConfig {
+        limit: 40 << 20,
+        ..StoreConfig::new(dir.path())
+    })
+    .unwrap()
+    .0;
     let body = |n: u8| vec![n; 1 << 20];
     for n in 0..100 {
-        let made = layer(&store, None, &[("f", &String::from_utf8(vec![b'a' + n % 26; 1 << 20]).unwrap())]);
+        let made = layer(
+            &store,
+            None,
+            &[("f", &String::from_utf8(vec![b'a' + n % 26; 1 << 20]).unwrap())],
+        );
         drop(made);
         assert!(store.ledger().used <= (41 << 20), "after {n}: {:?}", store.ledger());
     }
@@ -208,7 +234,9 @@ fn after_a_power_cut_what_was_sealed_is_there_and_the_rest_is_not_believed() {
         return;
     }
     let image_arg = image.to_string_lossy().into_owned();
-    let Some(disk) = Mounted::new(&dir.path().join("disk"), &["-o", "loop", &image_arg]) else { return };
+    let Some(disk) = Mounted::new(&dir.path().join("disk"), &["-o", "loop", &image_arg]) else {
+        return;
+    };
     let cookies = tempfile::tempdir().unwrap();
     let root = disk.0.join("state");
     let config = |root: &Path| StoreConfig {
@@ -238,7 +266,13 @@ fn after_a_power_cut_what_was_sealed_is_there_and_the_rest_is_not_believed() {
     assert_eq!(hits(&store, 20), 20, "{report:?}");
     // Beyond the seal everything is a miss or right, never half.
     let right = hits(&store, 40);
-    let found = (0..40).filter(|n| store.records(&tenant()).id_of(&Digest::of(format!("text {n}"))).unwrap().is_some());
+    let found = (0..40).filter(|n| {
+        store
+            .records(&tenant())
+            .id_of(&Digest::of(format!("text {n}")))
+            .unwrap()
+            .is_some()
+    });
     assert_eq!(found.count() as u32, right, "{report:?}");
     for n in 40..45 {
         save(&store, n).unwrap();

@@ -27,7 +27,11 @@ fn record(store: &Arc<Store>, name: &str, layer: &LayerRef) {
 
 fn prune(store: &Arc<Store>, policy: &GcPolicy) -> Vec<String> {
     let mut removed = Vec::new();
-    store.prune(&tenant(), policy, &|_| true, &Stop::new(), &mut |r| removed.push(r.id.clone())).unwrap();
+    store
+        .prune(&tenant(), policy, &|_| true, &Stop::new(), &mut |r| {
+            removed.push(r.id.clone())
+        })
+        .unwrap();
     removed
 }
 
@@ -45,7 +49,7 @@ fn leaves_go_first_and_held_chains_stay() {
     let usage = store.usage(&tenant());
     let line = |id: &str| usage.iter().find(|u| u.id == id).unwrap().clone();
     assert!(line(&base_id).in_use && line(&kept_id).in_use && !line(&gone_id).in_use);
-    assert_eq!(line(&kept_id).parents, [base_id.clone()]);
+    assert_eq!(line(&kept_id).parents, std::slice::from_ref(&base_id));
     assert!(line(&gone_id).size >= 3 * 4096 && line(&gone_id).usage_count == 1);
     assert_eq!(prune(&store, &GcPolicy::default()), [gone_id]);
     assert!(store.records(&tenant()).lookup(&Digest::of("gone")).unwrap().is_none());
@@ -72,23 +76,65 @@ fn limits_ages_types_and_filters_choose() {
     for _ in 0..3 {
         drop(store.layer(&tenant(), &ids[0].parse().unwrap()).unwrap());
     }
-    assert!(prune(&store, &GcPolicy { keep_duration: Duration::from_secs(60), ..GcPolicy::default() }).is_empty());
-    assert!(prune(&store, &GcPolicy { types: vec![RecordType::Git], ..GcPolicy::default() }).is_empty());
+    assert!(
+        prune(
+            &store,
+            &GcPolicy {
+                keep_duration: Duration::from_secs(60),
+                ..GcPolicy::default()
+            }
+        )
+        .is_empty()
+    );
+    assert!(
+        prune(
+            &store,
+            &GcPolicy {
+                types: vec![RecordType::Git],
+                ..GcPolicy::default()
+            }
+        )
+        .is_empty()
+    );
     let only = ids[2].clone();
     let mut removed = Vec::new();
     store
-        .prune(&tenant(), &GcPolicy::default(), &|r| r.id == only, &Stop::new(), &mut |r| removed.push(r.id.clone()))
+        .prune(
+            &tenant(),
+            &GcPolicy::default(),
+            &|r| r.id == only,
+            &Stop::new(),
+            &mut |r| removed.push(r.id.clone()),
+        )
         .unwrap();
     assert_eq!(removed, [only]);
     let total: u64 = store.usage(&tenant()).iter().map(|u| u.size).sum();
     let one = total / 5;
-    let removed = prune(&store, &GcPolicy { max_used_space: total - one, ..GcPolicy::default() });
+    let removed = prune(
+        &store,
+        &GcPolicy {
+            max_used_space: total - one,
+            ..GcPolicy::default()
+        },
+    );
     assert_eq!(removed, [ids[1].clone()], "one is enough, the least valuable");
-    let removed = prune(&store, &GcPolicy { max_used_space: 1, reserved_space: 2 * one, ..GcPolicy::default() });
+    let removed = prune(
+        &store,
+        &GcPolicy {
+            max_used_space: 1,
+            reserved_space: 2 * one,
+            ..GcPolicy::default()
+        },
+    );
     assert!(removed.len() == 2 && !removed.contains(&ids[0]), "{removed:?}");
     let stopped = Stop::new();
     stopped.stop();
-    assert!(store.prune(&tenant(), &GcPolicy::default(), &|_| true, &stopped, &mut |_| {}).unwrap_err().is_canceled());
+    assert!(
+        store
+            .prune(&tenant(), &GcPolicy::default(), &|_| true, &stopped, &mut |_| {})
+            .unwrap_err()
+            .is_canceled()
+    );
 }
 
 #[test]
@@ -153,7 +199,13 @@ fn the_ledger_says_what_the_disk_says() {
         held.push(layer(&store, held.last(), &[("f", &text)]));
         store.content(&tenant()).put("x", text.as_bytes()).unwrap();
     }
-    wait(store.blob_for(&held[3], kiln_store::Algorithm::Gzip.into(), false, &RealizeCtx::default())).unwrap();
+    wait(store.blob_for(
+        &held[3],
+        kiln_store::Algorithm::Gzip.into(),
+        false,
+        &RealizeCtx::default(),
+    ))
+    .unwrap();
     let mounts = wait(store.cache_mounts(
         &tenant(),
         vec![CacheMountRequest {
@@ -167,19 +219,19 @@ fn the_ledger_says_what_the_disk_says() {
     std::fs::write(mounts[0].path().join("big"), vec![1; 300_000]).unwrap();
     drop(mounts);
     held.truncate(5);
-    prune(&store, &GcPolicy { types: vec![RecordType::Regular], ..GcPolicy::default() });
+    prune(
+        &store,
+        &GcPolicy {
+            types: vec![RecordType::Regular],
+            ..GcPolicy::default()
+        },
+    );
     store.close().unwrap();
-    for round in 0..2 {
-        for (area, ledger, disk) in store.audit().unwrap() {
-            if area == Area::CacheMounts && round == 0 {
-                continue;
-            }
+    for (area, ledger, disk) in store.audit().unwrap() {
+        // The mount was measured before the thread that measures ended, or will be by the next start.
+        if area != Area::CacheMounts {
             assert_eq!(ledger, disk, "{area:?}");
         }
-        if round == 0 {
-            held.clear();
-        }
-        break;
     }
     drop(held);
     drop(store);

@@ -15,7 +15,10 @@ fn a_draft_is_resumed_after_a_restart() {
         let store = open(dir.path());
         let mut writer = store.content(&tenant()).writer(Some("layer")).unwrap();
         writer.write_bytes(&body[..150_000]).unwrap();
-        assert!(matches!(store.content(&tenant()).writer(Some("layer")), Err(StoreError::Busy { .. })));
+        assert!(matches!(
+            store.content(&tenant()).writer(Some("layer")),
+            Err(StoreError::Busy { .. })
+        ));
         drop(writer);
         store.close().unwrap();
     }
@@ -44,11 +47,17 @@ fn wrong_bytes_never_become_a_blob() {
     let wanted = Descriptor::of("text/plain", b"right");
     let mut writer = content.writer(Some("x")).unwrap();
     writer.write_bytes(b"wrong").unwrap();
-    assert!(matches!(writer.commit(Some(&wanted)), Err(StoreError::DigestMismatch { .. })));
+    assert!(matches!(
+        writer.commit(Some(&wanted)),
+        Err(StoreError::DigestMismatch { .. })
+    ));
     let mut writer = content.writer(Some("x")).unwrap();
     assert_eq!(writer.offset(), 0, "a mismatch throws the draft away");
     writer.write_bytes(b"right and more").unwrap();
-    assert!(matches!(writer.commit(Some(&wanted)), Err(StoreError::SizeMismatch { .. })));
+    assert!(matches!(
+        writer.commit(Some(&wanted)),
+        Err(StoreError::SizeMismatch { .. })
+    ));
     assert!(!content.has(&wanted.digest));
     assert!(content.list().is_empty());
 }

@@ -10,11 +10,21 @@ use kiln_store::{
 use crate::support::{files, layer, open, owned, tenant, wait};
 
 fn request(id: &str, sharing: Sharing) -> CacheMountRequest {
-    CacheMountRequest { id: id.into(), sharing, base: None, description: format!("cached mount {id}") }
+    CacheMountRequest {
+        id: id.into(),
+        sharing,
+        base: None,
+        description: format!("cached mount {id}"),
+    }
 }
 
 async fn take(store: &Arc<Store>, id: &str, sharing: Sharing) -> CacheMount {
-    store.cache_mounts(&tenant(), vec![request(id, sharing)]).await.unwrap().pop().unwrap()
+    store
+        .cache_mounts(&tenant(), vec![request(id, sharing)])
+        .await
+        .unwrap()
+        .pop()
+        .unwrap()
 }
 
 #[test]
@@ -34,7 +44,10 @@ fn cache_mounts_are_shared_private_or_locked() {
         assert_eq!(std::fs::read_to_string(again.path().join("f")).unwrap(), "kept");
         drop((again, private));
         let locked = take(&store, "l", Sharing::Locked).await;
-        let mut waiting = Box::pin(store.cache_mounts(&own, vec![request("other", Sharing::Locked), request("l", Sharing::Locked)]));
+        let mut waiting = Box::pin(store.cache_mounts(
+            &own,
+            vec![request("other", Sharing::Locked), request("l", Sharing::Locked)],
+        ));
         for _ in 0..20 {
             assert!(futures::poll!(&mut waiting).is_pending());
             tokio::task::yield_now().await;
@@ -63,11 +76,18 @@ fn cache_mounts_are_shared_private_or_locked() {
         let m = take(&store, "m", Sharing::Shared).await;
         assert_eq!(std::fs::read_to_string(m.path().join("f")).unwrap(), "kept");
         let usage = store.usage(&tenant());
-        let line = usage.iter().find(|u| u.description == "cached mount m" && u.in_use).unwrap();
+        let line = usage
+            .iter()
+            .find(|u| u.description == "cached mount m" && u.in_use)
+            .unwrap();
         assert!(line.mutable && line.size == 0 && line.usage_count > 1);
         assert_eq!(line.record_type.as_str(), "exec.cachemount");
         let mut removed = 0;
-        store.prune(&tenant(), &GcPolicy::default(), &|_| true, &Stop::new(), &mut |_| removed += 1).unwrap();
+        store
+            .prune(&tenant(), &GcPolicy::default(), &|_| true, &Stop::new(), &mut |_| {
+                removed += 1
+            })
+            .unwrap();
         assert!(removed > 0 && m.path().exists());
     });
 }
@@ -78,11 +98,20 @@ fn a_cache_mount_starts_with_its_base() {
     let store = open(dir.path());
     let base = layer(&store, None, &[("seed", "s")]);
     let view = wait(store.realize(Some(&base), &RealizeCtx::default())).unwrap();
-    let with_base = || CacheMountRequest { base: Some((base.id().clone(), view.clone())), ..request("m", Sharing::Shared) };
-    let mount = wait(store.cache_mounts(&tenant(), vec![with_base()])).unwrap().pop().unwrap();
+    let with_base = || CacheMountRequest {
+        base: Some((base.id().clone(), view.clone())),
+        ..request("m", Sharing::Shared)
+    };
+    let mount = wait(store.cache_mounts(&tenant(), vec![with_base()]))
+        .unwrap()
+        .pop()
+        .unwrap();
     assert_eq!(std::fs::read_to_string(mount.path().join("seed")).unwrap(), "s");
     std::fs::write(mount.path().join("seed"), "changed").unwrap();
-    assert_eq!(files(&store, Some(&base), &RealizeCtx::default()), owned(&[("seed", "s")]));
+    assert_eq!(
+        files(&store, Some(&base), &RealizeCtx::default()),
+        owned(&[("seed", "s")])
+    );
     let plain = wait(store.cache_mounts(&tenant(), vec![request("m", Sharing::Shared)])).unwrap();
     assert!(plain[0].is_new(), "the base is part of the identity");
 }
@@ -101,7 +130,11 @@ fn entries(files: &[&str], dir: &std::path::Path) -> Vec<Entry> {
 fn a_frozen_context_does_not_change_under_its_holder() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(dir.path());
-    let take = || store.context(&tenant(), "client:/src", "local source for context", &Stop::new()).unwrap();
+    let take = || {
+        store
+            .context(&tenant(), "client:/src", "local source for context", &Stop::new())
+            .unwrap()
+    };
     let ctx = RealizeCtx::default();
     let first = take();
     assert!(first.is_new());
@@ -141,7 +174,14 @@ fn a_frozen_context_does_not_change_under_its_holder() {
     let store = open(dir.path());
     let again = store.context(&tenant(), "client:/src", "", &Stop::new()).unwrap();
     assert_eq!(std::fs::read_to_string(again.fs_path().join("a")).unwrap(), "2");
-    assert_eq!(store.usage(&tenant()).iter().filter(|u| u.record_type.as_str() == "source.local").count(), 1);
+    assert_eq!(
+        store
+            .usage(&tenant())
+            .iter()
+            .filter(|u| u.record_type.as_str() == "source.local")
+            .count(),
+        1
+    );
 }
 
 #[test]
@@ -153,7 +193,10 @@ fn a_layer_over_a_context_ends_with_it() {
     let list = entries(&["a"], &context.fs_path());
     let frozen = context.freeze(list).unwrap();
     let top = layer(&store, Some(&frozen), &[("b", "2")]);
-    assert_eq!(files(&store, Some(&top), &RealizeCtx::default()), owned(&[("a", "1"), ("b", "2")]));
+    assert_eq!(
+        files(&store, Some(&top), &RealizeCtx::default()),
+        owned(&[("a", "1"), ("b", "2")])
+    );
     drop(frozen);
     assert_eq!(files(&store, Some(&top), &RealizeCtx::default()).len(), 2);
     let id = top.id().clone();
@@ -183,7 +226,13 @@ fn history_is_kept_pinned_and_limited() {
     }
     let digest = log.digest();
     drop(log);
-    assert_eq!(history.collect(Duration::from_secs(2 * 24 * 3600 + 60), 1).unwrap().len(), 6);
+    assert_eq!(
+        history
+            .collect(Duration::from_secs(2 * 24 * 3600 + 60), 1)
+            .unwrap()
+            .len(),
+        6
+    );
     store.close().unwrap();
     drop((history, store));
     let store = open(dir.path());
@@ -191,12 +240,16 @@ fn history_is_kept_pinned_and_limited() {
     let left: Vec<_> = history.list().into_iter().map(|r| r.reference).collect();
     assert_eq!(left, ["../0", "../1", "../2", "../9"]);
     assert_eq!(history.get("../0").unwrap().payload, (0..=255).collect::<Vec<u8>>());
-    store.prune(&tenant(), &GcPolicy::default(), &|_| true, &Stop::new(), &mut |_| {}).unwrap();
+    store
+        .prune(&tenant(), &GcPolicy::default(), &|_| true, &Stop::new(), &mut |_| {})
+        .unwrap();
     assert!(store.content(&tenant()).has(&digest), "history keeps its blobs");
     for reference in left {
         assert!(history.delete(&reference).unwrap());
     }
     assert!(!history.delete("../0").unwrap());
-    store.prune(&tenant(), &GcPolicy::default(), &|_| true, &Stop::new(), &mut |_| {}).unwrap();
+    store
+        .prune(&tenant(), &GcPolicy::default(), &|_| true, &Stop::new(), &mut |_| {})
+        .unwrap();
     assert!(!store.content(&tenant()).has(&digest));
 }

@@ -21,7 +21,12 @@ pub(crate) fn tenant() -> Tenant {
 
 /// Runs a future on a small runtime.
 pub(crate) fn wait<T>(future: impl Future<Output = T>) -> T {
-    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap().block_on(future)
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .unwrap()
+        .block_on(future)
 }
 
 /// A layer with regular files in the root directory, over a realised parent.
@@ -40,12 +45,22 @@ pub(crate) fn layer_over(
     let builder = active.builder().unwrap();
     let mut entries = vec![Entry::dir(*b"")];
     for (name, text) in files {
-        builder.fs().create_file(name, 0o644).unwrap().write_all(text.as_bytes()).unwrap();
+        builder
+            .fs()
+            .create_file(name, 0o644)
+            .unwrap()
+            .write_all(text.as_bytes())
+            .unwrap();
         let md = builder.fs().symlink_metadata(name).unwrap();
         entries.push(Entry::from_metadata(name.as_bytes().to_vec(), &md));
     }
     builder.finish(entries).unwrap();
-    active.commit(LayerMeta { description: "made by a test".into(), ..LayerMeta::default() }).unwrap()
+    active
+        .commit(LayerMeta {
+            description: "made by a test".into(),
+            ..LayerMeta::default()
+        })
+        .unwrap()
 }
 
 /// Names and texts of the regular files in the root of a layer's view.
@@ -57,7 +72,10 @@ pub(crate) fn files(store: &Arc<Store>, layer: Option<&LayerRef>, ctx: &RealizeC
         let entry = view.entry(&node);
         if entry.kind == Kind::Regular {
             let text = view.read(&entry.path, 1 << 20).unwrap().unwrap();
-            found.push((String::from_utf8(entry.name().to_vec()).unwrap(), String::from_utf8(text).unwrap()));
+            found.push((
+                String::from_utf8(entry.name().to_vec()).unwrap(),
+                String::from_utf8(text).unwrap(),
+            ));
         }
     }
     found
@@ -92,7 +110,10 @@ pub(crate) struct Remote {
 
 impl Remote {
     pub(crate) fn of(blobs: &[&[u8]]) -> Arc<Self> {
-        Arc::new(Self { blobs: Mutex::new(blobs.iter().map(|b| b.to_vec()).collect()), ..Self::default() })
+        Arc::new(Self {
+            blobs: Mutex::new(blobs.iter().map(|b| b.to_vec()).collect()),
+            ..Self::default()
+        })
     }
 
     pub(crate) fn count(&self) -> usize {
@@ -107,7 +128,13 @@ impl BlobProvider for Remote {
         if let Some(gate) = &self.gate {
             gate.acquire().await.unwrap().forget();
         }
-        let bytes = self.blobs.lock().iter().find(|b| Digest::of(b) == blob.digest).cloned().ok_or("unknown blob")?;
+        let bytes = self
+            .blobs
+            .lock()
+            .iter()
+            .find(|b| Digest::of(b) == blob.digest)
+            .cloned()
+            .ok_or("unknown blob")?;
         let rest = bytes[usize::try_from(offset).unwrap()..].to_vec();
         let cut = self.break_after.lock().pop();
         let mut chunks: Vec<Result<bytes::Bytes, ProviderError>> = Vec::new();
