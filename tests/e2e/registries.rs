@@ -105,7 +105,7 @@ fn a_platform_is_chosen_from_an_index() {
         assert_eq!(image.file("arch").text(), format!("{arch}\n"));
         assert_eq!(image.config["architecture"], arch);
     }
-    buildx.build(&derived).args(&["--platform", "linux/s390x"]).fails().says(&["s390x"]);
+    buildx.build(&derived).args(&["--platform", "linux/s390x"]).fails().says(&["no match for platform in manifest"]);
 }
 
 #[test]

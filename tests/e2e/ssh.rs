@@ -46,7 +46,7 @@ const DOCKERFILE: &str = r#"
 === Dockerfile
 FROM debian:bookworm-slim
 RUN --mount=type=ssh test -S "$SSH_AUTH_SOCK" && echo "$SSH_AUTH_SOCK" > /where && stat -c '%a %u' "$SSH_AUTH_SOCK" > /mode \
- && perl -MSocket -e 'socket(S, AF_UNIX, SOCK_STREAM, 0); connect(S, sockaddr_un($ENV{SSH_AUTH_SOCK})) or die "connect: $!"; syswrite(S, pack("NC", 1, 11)); sysread(S, $b, 65536); print unpack("H*", $b)' > /keys
+ && perl -MSocket -e 'socket(S, AF_UNIX, SOCK_STREAM, 0); connect(S, sockaddr_un($ENV{SSH_AUTH_SOCK})) or die "connect: $!"; syswrite(S, pack("NC", 1, 11)); while (length($b) < 4 || length($b) < 4 + unpack("N", $b)) { sysread(S, $b, 4096, length($b)) or last } print unpack("H*", $b)' > /keys
 RUN --mount=type=ssh,id=absent test ! -e /run/buildkit
 RUN test -z "$SSH_AUTH_SOCK"
 "#;
