@@ -55,6 +55,7 @@ RUN printf '%s|' "$A" "$B" "$C" "$D" "$E" "$F" "$G" "$H" "$I" "$J" "$K" > /all
     );
 }
 
+// caps: exec.meta.proxyenv
 #[test]
 fn predefined_and_platform_arguments() {
     let daemon = Daemon::start();
@@ -74,6 +75,7 @@ RUN echo "$TARGETOS/$TARGETARCH $TARGETPLATFORM $BUILDPLATFORM" > /platform
     assert!(!image.config.to_string().contains("proxy.test"), "the proxy is not in the image's history");
 }
 
+// caps: exporter.image.annotations
 #[test]
 fn labels_and_annotations_from_the_command_line() {
     let daemon = Daemon::start();

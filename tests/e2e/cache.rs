@@ -73,6 +73,7 @@ fn the_same_content_is_the_same_work() {
     assert_eq!(outcome.progress().executed(), Vec::<&str>::new());
 }
 
+// caps: meta.ignorecache
 #[test]
 fn no_cache_runs_everything_and_replaces_it() {
     let daemon = Daemon::start();

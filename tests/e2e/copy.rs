@@ -80,6 +80,7 @@ z
     );
 }
 
+// caps: source.local.followpaths
 #[test]
 fn links_in_the_context() {
     let daemon = Daemon::start();
@@ -105,6 +106,7 @@ fn through_links_in_the_image() {
     assert!(!std::path::Path::new("/tmp/three").exists(), "and never on the host");
 }
 
+// caps: file.copy.includeexcludepatterns
 #[test]
 fn link_parents_and_exclude() {
     let daemon = Daemon::start();
@@ -195,6 +197,7 @@ fn an_archive_cannot_leave_the_root() {
     }
 }
 
+// caps: source.http source.http.checksum source.http.perm
 #[test]
 fn add_from_an_address_with_checksum() {
     let daemon = Daemon::start();

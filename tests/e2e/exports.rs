@@ -117,6 +117,7 @@ fn compressions() {
     }
 }
 
+// caps: exporter.multiple
 #[test]
 fn several_outputs_at_once() {
     let daemon = Daemon::start();
@@ -130,6 +131,7 @@ fn several_outputs_at_once() {
     assert!(Image::open(&file).has("sub/b"));
 }
 
+// caps: exporter.sourcedateepoch
 #[test]
 fn equal_input_gives_equal_bytes_from_two_daemons() {
     let context = Fixture::new(TREE);

@@ -31,6 +31,7 @@ fn repository() -> (Fixture, HttpServer, String) {
     (tree, server, head)
 }
 
+// caps: source.git source.git.subdir source.git.fullurl
 #[test]
 fn as_a_context() {
     let (tree, _server, head) = repository();
@@ -49,6 +50,7 @@ fn as_a_context() {
     buildx.build_of(&format!("{at}#absent")).fails();
 }
 
+// caps: source.git.keepgitdir
 #[test]
 fn in_add() {
     let (tree, _server, _) = repository();

@@ -44,11 +44,13 @@ fn builds_with(client: Client) {
     assert_eq!(again.digest, image.digest, "the second build is the first, byte for byte");
 }
 
+// caps: source.image source.local exec.meta.base exec.mount.bind file.base constraints platform meta.description
 #[test]
 fn the_client_of_debian_stable() {
     builds_with(Client::Stable);
 }
 
+// caps: solve.base return proto.refarray gateway.solve.metadata
 #[test]
 fn the_newest_client() {
     builds_with(Client::Newest);

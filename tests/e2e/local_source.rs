@@ -2,6 +2,7 @@
 
 use harness::{Daemon, Fixture};
 
+// caps: source.local.excludepatterns
 #[test]
 fn dockerignore() {
     let daemon = Daemon::start();
@@ -67,6 +68,7 @@ fn a_context_from_an_archive_on_standard_input() {
     assert_eq!(image.file("f").text(), "from tar\n");
 }
 
+// caps: source.local.sessionid source.local.unique
 #[test]
 fn named_contexts() {
     let daemon = Daemon::start();
@@ -81,6 +83,7 @@ fn named_contexts() {
     assert_eq!(image.files_in(""), ["alpine-release", "extra.txt"]);
 }
 
+// caps: source.local.sharedkeyhint source.local.differ
 #[test]
 fn a_second_transfer_sends_only_what_changed() {
     let daemon = Daemon::start();
@@ -124,6 +127,7 @@ fn odd_names_and_kinds() {
     assert!(image.has("all/empty-dir") && image.file("all/empty").size == 0);
 }
 
+// caps: source.local.includepatterns
 #[test]
 fn many_small_files_and_one_large_one() {
     let daemon = Daemon::start();

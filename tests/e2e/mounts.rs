@@ -2,6 +2,7 @@
 
 use harness::{Daemon, Fixture};
 
+// caps: exec.mount.selector exec.mount.bind.readwrite-nooutput
 #[test]
 fn bind_mounts_show_and_forget() {
     let daemon = Daemon::start();
@@ -30,6 +31,7 @@ context
     assert!(!context.path().join("new").exists());
 }
 
+// caps: exec.mount.cache
 #[test]
 fn cache_mounts_outlive_steps_and_builds() {
     let daemon = Daemon::start();
@@ -53,6 +55,7 @@ RUN --mount=type=cache,target=/o,uid=12,gid=34,mode=0711 stat -c '%u %g %a' /o >
     assert!(image.layers.iter().skip(1).all(|layer| !layer.paths().iter().any(|path| path.contains("rounds"))));
 }
 
+// caps: exec.mount.cache.content
 #[test]
 fn a_cache_mount_starts_from_a_stage() {
     let daemon = Daemon::start();
@@ -62,6 +65,7 @@ fn a_cache_mount_starts_from_a_stage() {
     assert_eq!(daemon.buildx().build(&context).image().file("seen").text(), "seeded\n");
 }
 
+// caps: exec.mount.cache.sharing
 #[test]
 fn locked_cache_mounts_exclude_each_other() {
     let daemon = Daemon::start();
@@ -84,6 +88,7 @@ fn private_cache_mounts_are_not_shared_at_the_same_time() {
     assert_eq!((image.file("a").text(), image.file("b").text()), ("a\n", "b\n"));
 }
 
+// caps: exec.mount.tmpfs exec.mount.tmpfs.size
 #[test]
 fn tmpfs_mounts_are_empty_and_bounded() {
     let daemon = Daemon::start();

@@ -50,6 +50,7 @@ fn mode_max_has_the_build_itself() {
     assert!(text.contains("shown") && text.contains("llbDefinition"));
 }
 
+// caps: exporter.image.attestations
 #[test]
 fn the_attestation_points_to_its_image() {
     let daemon = Daemon::start();

@@ -123,6 +123,7 @@ RUN mkdir /k && cd /k && echo a > file && chmod 4751 file && ln file hard && ln 
     assert_eq!(image.file("k/sticky").mode, 0o1777);
 }
 
+// caps: exec.meta.network
 #[test]
 fn networks() {
     let image = image(
@@ -161,6 +162,7 @@ fn standard_input_is_empty_and_output_is_complete() {
     assert!(log.iter().any(|line| line == "to stderr") && log.iter().any(|line| line == "no newline"), "{log:?}");
 }
 
+// caps: exec.meta.ulimit
 #[test]
 fn limits_and_shared_memory() {
     let daemon = Daemon::start();

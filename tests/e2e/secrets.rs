@@ -17,6 +17,7 @@ RUN test ! -e /run/secrets/token && test ! -e /deep
     )
 }
 
+// caps: exec.mount.secret exec.secretenv
 #[test]
 fn a_secret_is_read_and_stays_nowhere() {
     let daemon = Daemon::start();

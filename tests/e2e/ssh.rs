@@ -51,6 +51,7 @@ RUN --mount=type=ssh,id=absent test ! -e /run/buildkit
 RUN test -z "$SSH_AUTH_SOCK"
 "#;
 
+// caps: exec.mount.ssh
 #[test]
 fn the_agent_of_the_client_answers_in_the_step() {
     use base64::Engine as _;

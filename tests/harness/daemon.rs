@@ -157,6 +157,11 @@ impl Daemon {
         Buildx::new(which, &self.address())
     }
 
+    /// The program that runs.
+    pub fn program(&self) -> &Path {
+        &self.program
+    }
+
     /// The address as clients write it.
     pub fn address(&self) -> String {
         format!("unix://{}", self.socket().display())

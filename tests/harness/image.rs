@@ -305,7 +305,22 @@ impl Image {
     pub fn run(&self, args: &[&str]) -> String {
         let dir = tempfile::Builder::new().prefix("kiln-run-").tempdir().expect("a directory to run in");
         self.unpack(dir.path());
-        std::fs::create_dir_all(dir.path().join("proc")).expect("a directory for proc");
+        for name in ["proc", "dev"] {
+            std::fs::create_dir_all(dir.path().join(name)).expect("a directory for mounts");
+        }
+        for (name, minor) in [("null", "3"), ("zero", "5"), ("urandom", "9")] {
+            let path = dir.path().join("dev").join(name);
+            if !path.exists() {
+                let made = std::process::Command::new("mknod").args(["-m", "666"]).arg(path).args(["c", "1", minor]).status();
+                assert!(made.expect("mknod runs").success());
+            }
+        }
+        for (name, number) in [("stdin", "0"), ("stdout", "1"), ("stderr", "2")] {
+            let path = dir.path().join("dev").join(name);
+            if !path.is_symlink() {
+                std::os::unix::fs::symlink(format!("/proc/self/fd/{number}"), path).expect("a symbolic link");
+            }
+        }
         let workdir = self.runtime("WorkingDir").as_str().filter(|dir| !dir.is_empty()).unwrap_or("/").to_owned();
         let mut command = std::process::Command::new("timeout");
         command.args(["60", "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]);

@@ -1,1 +1,6 @@
-//! Tidy.
+//! Rules of the source tree that a program can check: who may know whom, what every file says first, how long it may be.
+//! Fast, and needs neither a daemon nor privileges.
+
+mod capabilities;
+mod files;
+mod rooms;

@@ -1,0 +1,1 @@
+console.log(`running in ${process.env.NODE_ENV}`);

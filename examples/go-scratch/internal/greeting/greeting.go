@@ -1,0 +1,7 @@
+// Package greeting makes greetings.
+package greeting
+
+// For greets whoever lives in the named image.
+func For(image string) string {
+	return "hello from " + image
+}

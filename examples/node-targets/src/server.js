@@ -1,0 +1,3 @@
+// The service itself.
+const greet = require("greeter");
+console.log(greet(process.env.NODE_ENV || "development"));

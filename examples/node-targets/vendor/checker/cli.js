@@ -1,0 +1,3 @@
+#!/usr/bin/env node
+require(require("path").resolve(process.argv[2]));
+console.log("checked");

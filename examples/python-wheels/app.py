@@ -1,0 +1,3 @@
+from greeter import greet
+
+print(greet("python"))
