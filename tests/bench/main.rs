@@ -44,12 +44,24 @@ const LINES: &[(&str, &str, usize, Measure)] = &[
 
 fn main() {
     let wanted: Vec<String> = std::env::args().skip(1).collect();
-    let mut sides = vec![Side { name: "kiln", program: harness::lab::daemon() }];
+    let mut sides = vec![Side {
+        name: "kiln",
+        program: harness::lab::daemon(),
+    }];
     if let Some(peer) = std::env::var_os("PEER").filter(|peer| !peer.is_empty()) {
-        sides.push(Side { name: "peer", program: peer.into() });
+        sides.push(Side {
+            name: "peer",
+            program: peer.into(),
+        });
     }
     let mut table = String::new();
-    let head = |name: &str| if sides.len() == 1 && name != "kiln" { String::new() } else { format!("{name:>10}") };
+    let head = |name: &str| {
+        if sides.len() == 1 && name != "kiln" {
+            String::new()
+        } else {
+            format!("{name:>10}")
+        }
+    };
     let _ = writeln!(table, "{:<38}{}{}{}", "", head("kiln"), head("peer"), head("ratio"));
     print!("{table}");
     for (key, title, rounds, measure) in LINES {
@@ -148,7 +160,10 @@ fn wide(side: &Side) -> f64 {
 fn many_files() -> Fixture {
     let context = Fixture::new("=== Dockerfile\nFROM scratch\nCOPY . /\n");
     for number in 0..20_000 {
-        context.write(format!("d{}/e{}/f{number}", number % 20, number % 100), format!("file {number}\n").repeat(20));
+        context.write(
+            format!("d{}/e{}/f{number}", number % 20, number % 100),
+            format!("file {number}\n").repeat(20),
+        );
     }
     context
 }
@@ -192,7 +207,9 @@ fn copy_from(side: &Side) -> f64 {
 fn three_hundred_megabytes() -> Fixture {
     let context = Fixture::new("=== Dockerfile\nFROM scratch\nCOPY data /data\n");
     let mut state = 88_172_645_463_325_252_u64;
-    let words: Vec<String> = (0..4096_u32).map(|number| format!("{:x}_{}", number.wrapping_mul(2_654_435_761), number % 7)).collect();
+    let words: Vec<String> = (0..4096_u32)
+        .map(|number| format!("{:x}_{}", number.wrapping_mul(2_654_435_761), number % 7))
+        .collect();
     for file in 0..30 {
         let mut text = String::with_capacity(10_100_000);
         while text.len() < 10_000_000 {
@@ -223,10 +240,15 @@ fn pull(side: &Side) -> f64 {
     {
         // Whoever made the image does not matter; the same side does, so that a missing peer is no reason to skip.
         let maker = side.start_with(&registry);
-        run(maker.buildx().build(&three_hundred_megabytes()).args(&["-t", &reference, "--push", "--provenance=false"]));
+        run(maker
+            .buildx()
+            .build(&three_hundred_megabytes())
+            .args(&["-t", &reference, "--push", "--provenance=false"]));
     }
     let daemon = side.start_with(&registry);
     let buildx = warm(&daemon);
-    let context = Fixture::new(&format!("=== Dockerfile\nFROM busybox\nRUN --mount=from={reference},target=/m test -s /m/data/0\n"));
+    let context = Fixture::new(&format!(
+        "=== Dockerfile\nFROM busybox\nRUN --mount=from={reference},target=/m test -s /m/data/0\n"
+    ));
     seconds(|| run(buildx.build(&context)))
 }

@@ -28,11 +28,18 @@ RUN echo "$GLOBAL" > /env-wins
     assert_eq!(image.file("declared").text(), "global local\n");
     assert_eq!(image.file("second").text(), "[] other\n");
     assert_eq!(image.file("env-wins").text(), "env\n");
-    let image = buildx.build(&context).build_arg("GLOBAL", "cli").build_arg("LOCAL", "mine").image();
+    let image = buildx
+        .build(&context)
+        .build_arg("GLOBAL", "cli")
+        .build_arg("LOCAL", "mine")
+        .image();
     assert_eq!(image.file("declared").text(), "cli mine\n");
     assert_eq!(image.file("second").text(), "[] cli\n");
     assert_eq!(image.file("env-wins").text(), "env\n");
-    assert!(!image.env().iter().any(|pair| pair.contains("mine")), "arguments do not stay in the image");
+    assert!(
+        !image.env().iter().any(|pair| pair.contains("mine")),
+        "arguments do not stay in the image"
+    );
 }
 
 #[test]
@@ -67,12 +74,22 @@ ARG TARGETOS TARGETARCH TARGETPLATFORM BUILDPLATFORM TARGETSTAGE
 RUN echo "$TARGETOS/$TARGETARCH $TARGETPLATFORM $BUILDPLATFORM" > /platform
 "#,
     );
-    let image = daemon.buildx().build(&context).build_arg("HTTP_PROXY", "http://proxy.test:3128").image();
+    let image = daemon
+        .buildx()
+        .build(&context)
+        .build_arg("HTTP_PROXY", "http://proxy.test:3128")
+        .image();
     assert_eq!(image.file("proxy").text(), "http://proxy.test:3128\n");
     assert_eq!(image.file("undeclared").text(), "[]\n");
     let platform = format!("linux/{}", image.config["architecture"].as_str().unwrap());
-    assert_eq!(image.file("platform").text(), format!("{platform} {platform} {platform}\n"));
-    assert!(!image.config.to_string().contains("proxy.test"), "the proxy is not in the image's history");
+    assert_eq!(
+        image.file("platform").text(),
+        format!("{platform} {platform} {platform}\n")
+    );
+    assert!(
+        !image.config.to_string().contains("proxy.test"),
+        "the proxy is not in the image's history"
+    );
 }
 
 // caps: exporter.image.annotations
@@ -86,7 +103,10 @@ fn labels_and_annotations_from_the_command_line() {
         .args(&["--label", "from=cli", "--annotation", "org.example.note=hi"])
         .build_arg("V", "2")
         .image();
-    assert_eq!(*image.runtime("Labels"), serde_json::json!({"from": "cli", "two words": "x", "version": "2"}));
+    assert_eq!(
+        *image.runtime("Labels"),
+        serde_json::json!({"from": "cli", "two words": "x", "version": "2"})
+    );
     assert_eq!(image.manifest["annotations"]["org.example.note"], "hi");
 }
 

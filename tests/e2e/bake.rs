@@ -36,7 +36,10 @@ tool
     let buildx = daemon.buildx();
     let run = |args: &[&str]| {
         let mut command = buildx.command();
-        command.current_dir(context.path()).args(["bake", "--progress=plain", "--allow=fs=*"]).args(args);
+        command
+            .current_dir(context.path())
+            .args(["bake", "--progress=plain", "--allow=fs=*"])
+            .args(args);
         command.output().unwrap()
     };
     let result = run(&[]);

@@ -65,9 +65,17 @@ fn the_same_content_is_the_same_work() {
     let outcome = buildx.build(&context).ok();
     let progress = outcome.progress();
     assert!(!progress.cached("grep -v"), "its input changed");
-    assert!(progress.cached("cat /out.txt"), "its input did not: the bytes that were copied are the same");
+    assert!(
+        progress.cached("cat /out.txt"),
+        "its input did not: the bytes that were copied are the same"
+    );
     // A touched file is not a changed file.
-    let status = std::process::Command::new("touch").arg("-d").arg("2001-01-01").arg(context.path().join("in.txt")).status().unwrap();
+    let status = std::process::Command::new("touch")
+        .arg("-d")
+        .arg("2001-01-01")
+        .arg(context.path().join("in.txt"))
+        .status()
+        .unwrap();
     assert!(status.success());
     let outcome = buildx.build(&context).ok();
     assert_eq!(outcome.progress().executed(), Vec::<&str>::new());
@@ -78,7 +86,9 @@ fn the_same_content_is_the_same_work() {
 fn no_cache_runs_everything_and_replaces_it() {
     let daemon = Daemon::start();
     let buildx = daemon.buildx();
-    let context = Fixture::new("=== Dockerfile\nFROM busybox AS a\nRUN cat /proc/sys/kernel/random/uuid > /id\nFROM a\nRUN cat /id > /copy\n");
+    let context = Fixture::new(
+        "=== Dockerfile\nFROM busybox AS a\nRUN cat /proc/sys/kernel/random/uuid > /id\nFROM a\nRUN cat /id > /copy\n",
+    );
     let first = buildx.build(&context).image();
     let again = buildx.build(&context).image();
     assert_eq!(again.file("id").text(), first.file("id").text());
@@ -86,14 +96,20 @@ fn no_cache_runs_everything_and_replaces_it() {
     assert_ne!(fresh.file("id").text(), first.file("id").text());
     assert_eq!(fresh.file("copy").text(), fresh.file("id").text());
     let after = buildx.build(&context).image();
-    assert_eq!(after.file("id").text(), fresh.file("id").text(), "the newer result is the one that is kept");
+    assert_eq!(
+        after.file("id").text(),
+        fresh.file("id").text(),
+        "the newer result is the one that is kept"
+    );
 }
 
 #[test]
 fn no_cache_for_one_stage() {
     let daemon = Daemon::start();
     let buildx = daemon.buildx();
-    let context = Fixture::new("=== Dockerfile\nFROM busybox AS a\nRUN echo a > /a\nFROM busybox AS b\nRUN echo b > /b\nFROM scratch\nCOPY --from=a /a /\nCOPY --from=b /b /\n");
+    let context = Fixture::new(
+        "=== Dockerfile\nFROM busybox AS a\nRUN echo a > /a\nFROM busybox AS b\nRUN echo b > /b\nFROM scratch\nCOPY --from=a /a /\nCOPY --from=b /b /\n",
+    );
     buildx.build(&context).ok();
     let outcome = buildx.build(&context).args(&["--no-cache-filter", "b"]).ok();
     let progress = outcome.progress();
@@ -113,7 +129,11 @@ fn results_survive_a_restart() {
     daemon.kill();
     daemon.restart();
     let (third, outcome) = daemon.buildx().build(&context).image_and_outcome();
-    assert_eq!(outcome.progress().executed(), Vec::<&str>::new(), "a kill loses nothing that was finished");
+    assert_eq!(
+        outcome.progress().executed(),
+        Vec::<&str>::new(),
+        "a kill loses nothing that was finished"
+    );
     assert_eq!(third.digest, first.digest);
 }
 
@@ -123,7 +143,10 @@ fn a_failed_step_is_not_remembered() {
     let buildx = daemon.buildx();
     let served = Fixture::new("=== x\n1\n");
     let server = harness::HttpServer::start(served.path());
-    let context = Fixture::new(&format!("=== Dockerfile\nFROM busybox\nRUN wget -q -O /got {}/late.txt\n", server.address()));
+    let context = Fixture::new(&format!(
+        "=== Dockerfile\nFROM busybox\nRUN wget -q -O /got {}/late.txt\n",
+        server.address()
+    ));
     buildx.build(&context).fails();
     served.write("late.txt", "here now\n");
     assert_eq!(buildx.build(&context).image().file("got").text(), "here now\n");

@@ -6,15 +6,25 @@ use std::time::Duration;
 
 /// A step that says something and then sleeps; the mark makes its process findable.
 fn sleeping(mark: &str) -> Fixture {
-    Fixture::new(&format!("=== Dockerfile\nFROM busybox\nRUN --mount=type=cache,target=/c echo asl\"\"eep; sh -c 'sleep 600; : {mark}' & wait\n"))
+    Fixture::new(&format!(
+        "=== Dockerfile\nFROM busybox\nRUN --mount=type=cache,target=/c echo asl\"\"eep; sh -c 'sleep 600; : {mark}' & wait\n"
+    ))
 }
 
 fn leaves_nothing(signal: &str, mark: &str) {
     let daemon = Daemon::start();
     let buildx = daemon.buildx();
-    let _warm = buildx.build(&Fixture::new("=== Dockerfile\nFROM busybox\nRUN true\n")).ok();
-    let quiet = eventually(Duration::from_secs(20), || daemon.descendants().is_empty().then_some(()));
-    assert!(quiet.is_some(), "processes after a finished build: {:?}", daemon.descendants());
+    let _warm = buildx
+        .build(&Fixture::new("=== Dockerfile\nFROM busybox\nRUN true\n"))
+        .ok();
+    let quiet = eventually(Duration::from_secs(20), || {
+        daemon.descendants().is_empty().then_some(())
+    });
+    assert!(
+        quiet.is_some(),
+        "processes after a finished build: {:?}",
+        daemon.descendants()
+    );
     let mounts = daemon.mounts();
     let context = sleeping(mark);
     let mut running = buildx.build(&context).start();
@@ -26,11 +36,19 @@ fn leaves_nothing(signal: &str, mark: &str) {
     let gone = eventually(Duration::from_secs(20), || {
         (daemon.descendants().is_empty() && harness::process::running_with(&mark).is_empty()).then_some(())
     });
-    assert!(gone.is_some(), "after {signal} these processes remain: {:?}", daemon.descendants());
-    let unmounted = eventually(Duration::from_secs(20), || (daemon.mounts().len() <= mounts.len()).then_some(()));
+    assert!(
+        gone.is_some(),
+        "after {signal} these processes remain: {:?}",
+        daemon.descendants()
+    );
+    let unmounted = eventually(Duration::from_secs(20), || {
+        (daemon.mounts().len() <= mounts.len()).then_some(())
+    });
     assert!(unmounted.is_some(), "mounts remain: {:?}", daemon.mounts());
     // The cache mount is free again and the daemon serves the next client.
-    let next = Fixture::new("=== Dockerfile\nFROM busybox\nRUN --mount=type=cache,target=/c,sharing=locked echo next > /next\n");
+    let next = Fixture::new(
+        "=== Dockerfile\nFROM busybox\nRUN --mount=type=cache,target=/c,sharing=locked echo next > /next\n",
+    );
     assert_eq!(daemon.buildx().build(&next).image().file("next").text(), "next\n");
 }
 
@@ -51,7 +69,11 @@ fn a_failing_stage_ends_the_others() {
         "=== Dockerfile\nFROM busybox AS slow\nRUN sleep 600; : kiln-mark-sibling\nFROM busybox AS bad\nRUN sleep 1; exit 3\nFROM scratch\nCOPY --from=slow / /\nCOPY --from=bad / /\n",
     );
     daemon.buildx().build(&context).fails().says(&["exit code: 3"]);
-    let gone = eventually(Duration::from_secs(20), || harness::process::running_with("kiln-mark-sibling").is_empty().then_some(()));
+    let gone = eventually(Duration::from_secs(20), || {
+        harness::process::running_with("kiln-mark-sibling")
+            .is_empty()
+            .then_some(())
+    });
     assert!(gone.is_some(), "the other stage still runs");
 }
 

@@ -33,7 +33,10 @@ y
     assert_eq!((owner("both"), image.file("both").mode), ((1500, 33), 0o640));
     assert_eq!(owner("tree"), (10, 20));
     assert_eq!((owner("tree/sub/y"), image.file("tree/x").mode), ((10, 20), 0o755));
-    assert_eq!((image.file("symbolic/sub/y").mode, image.file("symbolic/x").mode), (0o644, 0o755));
+    assert_eq!(
+        (image.file("symbolic/sub/y").mode, image.file("symbolic/x").mode),
+        (0o644, 0o755)
+    );
     assert_eq!(owner("as-user"), (0, 0), "COPY does not follow USER");
 }
 
@@ -74,8 +77,16 @@ z
     assert_eq!(
         image.files_in(""),
         [
-            "patterns/q.md", "patterns/x.log", "w/b", "w/dir/a.txt", "w/many/a.txt", "w/many/b.txt", "w/merged/one", "w/merged/two",
-            "whole/er/file", "with space/with space"
+            "patterns/q.md",
+            "patterns/x.log",
+            "w/b",
+            "w/dir/a.txt",
+            "w/many/a.txt",
+            "w/many/b.txt",
+            "w/merged/one",
+            "w/merged/two",
+            "whole/er/file",
+            "with space/with space"
         ]
     );
 }
@@ -84,8 +95,13 @@ z
 #[test]
 fn links_in_the_context() {
     let daemon = Daemon::start();
-    let context = Fixture::new("=== Dockerfile\nFROM scratch\nCOPY . /all/\nCOPY link /followed\nCOPY dirlink/ /dir/\n=== real/file\nx\n");
-    context.symlink("real/file", "link").symlink("real", "dirlink").symlink("nowhere", "dangling");
+    let context = Fixture::new(
+        "=== Dockerfile\nFROM scratch\nCOPY . /all/\nCOPY link /followed\nCOPY dirlink/ /dir/\n=== real/file\nx\n",
+    );
+    context
+        .symlink("real/file", "link")
+        .symlink("real", "dirlink")
+        .symlink("nowhere", "dangling");
     let image = daemon.buildx().build(&context).image();
     assert_eq!(image.tree["all/link"].kind, Kind::Symlink("real/file".into()));
     assert_eq!(image.tree["all/dangling"].kind, Kind::Symlink("nowhere".into()));
@@ -102,7 +118,11 @@ fn through_links_in_the_image() {
     let image = daemon.buildx().build(&context).image();
     assert_eq!(image.file("real/one").text(), "f\n");
     assert_eq!(image.file("real/two").text(), "f\n");
-    assert_eq!(image.file("tmp/three").text(), "f\n", "a link that climbs ends at the image's root");
+    assert_eq!(
+        image.file("tmp/three").text(),
+        "f\n",
+        "a link that climbs ends at the image's root"
+    );
     assert!(!std::path::Path::new("/tmp/three").exists(), "and never on the host");
 }
 
@@ -136,13 +156,19 @@ c
     assert_eq!(image.file("linked/keep.txt").text(), "k\n");
     assert_eq!((image.file("out/a/b/c").uid, image.file("out/a/b/c").gid), (7, 8));
     assert_eq!(image.files_in("p"), ["p/lib/x.c", "p/src/lib/sub/y.c"], "{dockerfile}");
-    assert!(image.has("filtered/top.c") && !image.has("filtered/top.log"), "{:?}", image.files_in("filtered"));
+    assert!(
+        image.has("filtered/top.c") && !image.has("filtered/top.log"),
+        "{:?}",
+        image.files_in("filtered")
+    );
 }
 
 #[test]
 fn add_unpacks_local_archives_only() {
     let daemon = Daemon::start();
-    let context = Fixture::new("=== Dockerfile\nFROM scratch\nADD a.tar.gz /unpacked/\nADD a.tar.gz plain.txt /two/\nCOPY a.tar.gz /copied.tar.gz\nADD --unpack=false a.tar.gz /kept.tar.gz\n=== plain.txt\np\n");
+    let context = Fixture::new(
+        "=== Dockerfile\nFROM scratch\nADD a.tar.gz /unpacked/\nADD a.tar.gz plain.txt /two/\nCOPY a.tar.gz /copied.tar.gz\nADD --unpack=false a.tar.gz /kept.tar.gz\n=== plain.txt\np\n",
+    );
     let mut archive = tar::Builder::new(flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast()));
     let mut header = tar::Header::new_gnu();
     header.set_size(3);
@@ -154,7 +180,10 @@ fn add_unpacks_local_archives_only() {
     context.write("a.tar.gz", archive.into_inner().unwrap().finish().unwrap());
     let image = daemon.buildx().build(&context).image();
     let file = image.file("unpacked/inner/file");
-    assert_eq!((file.text(), file.mode, file.uid, file.gid, file.mtime), ("abc", 0o640, 3, 4, 1_000_000_000));
+    assert_eq!(
+        (file.text(), file.mode, file.uid, file.gid, file.mtime),
+        ("abc", 0o640, 3, 4, 1_000_000_000)
+    );
     assert!(image.has("two/inner/file") && image.has("two/plain.txt"));
     assert_eq!(image.tree["copied.tar.gz"].kind, Kind::File);
     assert_eq!(image.tree["kept.tar.gz"].kind, Kind::File);
@@ -167,7 +196,11 @@ fn an_archive_cannot_leave_the_root() {
     let context = Fixture::new("=== Dockerfile\nFROM busybox\nADD evil.tar /d/\nRUN ls -R /d; true\n");
     // Written byte by byte, because no honest library writes such names.
     let mut bytes = Vec::new();
-    for (path, link) in [("way", Some("/tmp")), (&*format!("way/{name}"), None), (&*format!("../../../../tmp/{name}-2"), None)] {
+    for (path, link) in [
+        ("way", Some("/tmp")),
+        (&*format!("way/{name}"), None),
+        (&*format!("../../../../tmp/{name}-2"), None),
+    ] {
         let mut header = tar::Header::new_ustar();
         let block = header.as_mut_bytes();
         block[..path.len()].copy_from_slice(path.as_bytes());
@@ -176,7 +209,11 @@ fn an_archive_cannot_leave_the_root() {
         header.set_gid(0);
         header.set_mtime(0);
         header.set_size(if link.is_some() { 0 } else { 4 });
-        header.set_entry_type(if link.is_some() { tar::EntryType::Symlink } else { tar::EntryType::Regular });
+        header.set_entry_type(if link.is_some() {
+            tar::EntryType::Symlink
+        } else {
+            tar::EntryType::Regular
+        });
         if let Some(link) = link {
             header.set_link_name(link).unwrap();
         }
@@ -193,7 +230,10 @@ fn an_archive_cannot_leave_the_root() {
     // Whether the build fails or clamps the names is the daemon's choice; the host is not.
     let _ = daemon.buildx().build(&context).run();
     for escaped in [name.clone(), format!("{name}-2")] {
-        assert!(!std::path::Path::new("/tmp").join(&escaped).exists(), "{escaped} was written on the host");
+        assert!(
+            !std::path::Path::new("/tmp").join(&escaped).exists(),
+            "{escaped} was written on the host"
+        );
     }
 }
 
@@ -204,13 +244,25 @@ fn add_from_an_address_with_checksum() {
     let served = Fixture::new("=== file.txt\nfrom http\n");
     let server = harness::HttpServer::start(served.path());
     let digest = "sha256:5b0ddea7fcf5b5ed1fa4ad32ba6b14e20ac8c71dd3d2c80e9d8cb6ea2c6ee0a1";
-    let context = Fixture::new(&format!("=== Dockerfile\nFROM scratch\nADD {}/file.txt /got/\n", server.address()));
+    let context = Fixture::new(&format!(
+        "=== Dockerfile\nFROM scratch\nADD {}/file.txt /got/\n",
+        server.address()
+    ));
     let buildx = daemon.buildx();
     let image = buildx.build(&context).image();
     let file = image.file("got/file.txt");
     assert_eq!((file.text(), file.mode), ("from http\n", 0o600));
-    context.write("Dockerfile", format!("FROM scratch\nADD --checksum={digest} {}/file.txt /got/\n", server.address()));
+    context.write(
+        "Dockerfile",
+        format!(
+            "FROM scratch\nADD --checksum={digest} {}/file.txt /got/\n",
+            server.address()
+        ),
+    );
     buildx.build(&context).fails().says(&["digest mismatch"]);
-    context.write("Dockerfile", format!("FROM scratch\nADD {}/absent.txt /got/\n", server.address()));
+    context.write(
+        "Dockerfile",
+        format!("FROM scratch\nADD {}/absent.txt /got/\n", server.address()),
+    );
     buildx.build(&context).fails().says(&["404"]);
 }

@@ -10,13 +10,21 @@ fn failure(text: &str) -> Outcome {
 
 #[test]
 fn an_unknown_instruction_with_its_line() {
-    failure("=== Dockerfile\nFROM busybox\nRUN true\nCOPPY a b\n")
-        .says(&["Dockerfile:3", ">>> COPPY a b", "unknown instruction: COPPY", "did you mean COPY?"]);
+    failure("=== Dockerfile\nFROM busybox\nRUN true\nCOPPY a b\n").says(&[
+        "Dockerfile:3",
+        ">>> COPPY a b",
+        "unknown instruction: COPPY",
+        "did you mean COPY?",
+    ]);
 }
 
 #[test]
 fn a_syntax_error_with_its_line() {
-    failure("=== Dockerfile\nFROM busybox\nENV\n").says(&["Dockerfile:2", ">>> ENV", "ENV requires at least one argument"]);
+    failure("=== Dockerfile\nFROM busybox\nENV\n").says(&[
+        "Dockerfile:2",
+        ">>> ENV",
+        "ENV requires at least one argument",
+    ]);
 }
 
 #[test]
@@ -28,12 +36,21 @@ fn an_unknown_stage() {
 fn an_unknown_target() {
     let daemon = Daemon::start();
     let context = Fixture::new("=== Dockerfile\nFROM busybox AS build\n");
-    daemon.buildx().build(&context).target("bild").fails().says(&["target stage \"bild\" could not be found", "did you mean build?"]);
+    daemon
+        .buildx()
+        .build(&context)
+        .target("bild")
+        .fails()
+        .says(&["target stage \"bild\" could not be found", "did you mean build?"]);
 }
 
 #[test]
 fn a_missing_source_of_copy() {
-    failure("=== Dockerfile\nFROM busybox\nCOPY absent.txt /\n").says(&["Dockerfile:2", ">>> COPY absent.txt /", "\"/absent.txt\": not found"]);
+    failure("=== Dockerfile\nFROM busybox\nCOPY absent.txt /\n").says(&[
+        "Dockerfile:2",
+        ">>> COPY absent.txt /",
+        "\"/absent.txt\": not found",
+    ]);
 }
 
 #[test]
@@ -51,23 +68,39 @@ fn a_failing_run_with_exit_code_and_excerpt() {
         "did not complete successfully: exit code: 42",
         "/bin/sh -c echo before &&     exit 42",
     ]);
-    assert_eq!(outcome.progress().step("RUN echo").log.first().map(String::as_str), Some("before"), "its output is shown");
+    assert_eq!(
+        outcome.progress().step("RUN echo").log.first().map(String::as_str),
+        Some("before"),
+        "its output is shown"
+    );
 }
 
 #[test]
 fn a_program_that_is_not_there() {
-    failure("=== Dockerfile\nFROM busybox\nRUN [\"/absent\"]\n").says(&["Dockerfile:2", "/absent", "no such file or directory"]);
+    failure("=== Dockerfile\nFROM busybox\nRUN [\"/absent\"]\n").says(&[
+        "Dockerfile:2",
+        "/absent",
+        "no such file or directory",
+    ]);
 }
 
 #[test]
 fn an_image_that_is_not_there() {
-    failure("=== Dockerfile\nFROM no-such-image:1\n").says(&["Dockerfile:1", "docker.io/library/no-such-image:1", "not found"]);
+    failure("=== Dockerfile\nFROM no-such-image:1\n").says(&[
+        "Dockerfile:1",
+        "docker.io/library/no-such-image:1",
+        "not found",
+    ]);
 }
 
 #[test]
 fn an_unreachable_registry() {
     // Port 1 of the loopback interface refuses.
-    failure("=== Dockerfile\nFROM 127.0.0.1:1/a/b:1\n").says(&["Dockerfile:1", "127.0.0.1:1/a/b:1", "connection refused"]);
+    failure("=== Dockerfile\nFROM 127.0.0.1:1/a/b:1\n").says(&[
+        "Dockerfile:1",
+        "127.0.0.1:1/a/b:1",
+        "connection refused",
+    ]);
 }
 
 #[test]

@@ -36,13 +36,25 @@ impl Example {
             assert!(!image.has(path), "{path} belongs to a build stage and is in the image");
         }
         let from_base = base_layers(&image);
-        assert_eq!(image.layers.len() - from_base, self.own_layers, "layers of its own: {:#?}", image.config["history"]);
+        assert_eq!(
+            image.layers.len() - from_base,
+            self.own_layers,
+            "layers of its own: {:#?}",
+            image.config["history"]
+        );
         if let Some((command, expected)) = self.runs {
             assert_eq!(image.run(command), expected);
         }
         let (again, second) = build().image_and_outcome();
-        assert_eq!(second.progress().executed(), Vec::<&str>::new(), "the second build is cached");
-        assert_eq!((again.digest, again.layers.len()), (image.digest.clone(), image.layers.len()));
+        assert_eq!(
+            second.progress().executed(),
+            Vec::<&str>::new(),
+            "the second build is cached"
+        );
+        assert_eq!(
+            (again.digest, again.layers.len()),
+            (image.digest.clone(), image.layers.len())
+        );
         assert_eq!(again.config, image.config);
         if let Some((file, runs, stays)) = self.touch {
             let text = context.read(file);
@@ -99,13 +111,22 @@ fn node_with_production_dependencies_only() {
         name: "node-service",
         options: &[],
         runs: Some((&["/usr/local/bin/node", "dist/server.js"], "hello production\n")),
-        absent: &["app/src", "app/build.js", "app/node_modules/checker", "app/vendor", "root/.npm"],
+        absent: &[
+            "app/src",
+            "app/build.js",
+            "app/node_modules/checker",
+            "app/vendor",
+            "root/.npm",
+        ],
         own_layers: 4,
         touch: Some(("src/server.js", "npm run build", "npm ci --offline")),
     };
     let (image, _) = example.check();
     assert!(image.has("app/node_modules/greeter"));
-    assert!(!image.file("app/dist/server.js").text().contains("The service itself"), "the built file is in the image");
+    assert!(
+        !image.file("app/dist/server.js").text().contains("The service itself"),
+        "the built file is in the image"
+    );
     assert_eq!(*image.runtime("User"), serde_json::json!("node"));
 }
 
@@ -123,14 +144,24 @@ fn node_with_a_shared_stage_and_a_test_target() {
     let daemon = Daemon::start();
     let buildx = daemon.buildx();
     let context = Fixture::copy_of("examples/node-targets");
-    context.write("Dockerfile", context.read("Dockerfile").replacen("# syntax=", "# no-syntax=", 1));
+    context.write(
+        "Dockerfile",
+        context.read("Dockerfile").replacen("# syntax=", "# no-syntax=", 1),
+    );
     let tested = buildx.build(&context).target("test").ok();
     assert!(tested.progress().log().contains("checked"));
     assert!(tested.progress().find("npm run build").is_none());
     let built = buildx.build(&context).ok().progress();
-    assert!(built.cached("npm ci") && !built.cached("npm run build"), "the dependencies are installed once for both");
+    assert!(
+        built.cached("npm ci") && !built.cached("npm run build"),
+        "the dependencies are installed once for both"
+    );
     context.write("test.js", "throw new Error('broken')\n");
-    buildx.build(&context).target("test").fails().says(&["broken", "npm test"]);
+    buildx
+        .build(&context)
+        .target("test")
+        .fails()
+        .says(&["broken", "npm test"]);
 }
 
 #[test]
@@ -184,7 +215,12 @@ fn a_front_end_behind_nginx() {
         touch: Some(("nginx.conf", "COPY nginx.conf", "node bundle.js")),
     };
     let (image, _) = example.check();
-    assert!(image.file("usr/share/nginx/html/index.html").text().contains("version 1.2.3"));
+    assert!(
+        image
+            .file("usr/share/nginx/html/index.html")
+            .text()
+            .contains("version 1.2.3")
+    );
     assert_eq!(*image.runtime("Cmd"), serde_json::json!(["nginx", "-g", "daemon off;"]));
 }
 
@@ -212,7 +248,10 @@ fn development_or_production() {
         touch: None,
     };
     let (image, outcome) = production.check();
-    assert!(outcome.progress().find("echo debugger").is_none(), "the other stage never ran");
+    assert!(
+        outcome.progress().find("echo debugger").is_none(),
+        "the other stage never ran"
+    );
     assert_eq!(image.runtime("Labels")["environment"], "prod");
     let development = Example {
         name: "dev-prod",
@@ -253,11 +292,15 @@ fn a_secret_in_a_step() {
     let secret = Fixture::empty();
     secret.write("token", "t0ken-of-the-example");
     let option = format!("id=npm_token,src={}", secret.path().join("token").display());
-    let options: &'static [&'static str] = Box::leak(vec!["--secret", &*Box::leak(option.into_boxed_str())].into_boxed_slice());
+    let options: &'static [&'static str] =
+        Box::leak(vec!["--secret", &*Box::leak(option.into_boxed_str())].into_boxed_slice());
     let example = Example {
         name: "secret-mount",
         options,
-        runs: Some((&["/bin/cat", "/package.txt"], "private package, fetched with a token of 20 characters\n")),
+        runs: Some((
+            &["/bin/cat", "/package.txt"],
+            "private package, fetched with a token of 20 characters\n",
+        )),
         absent: &["app", "run/secrets"],
         own_layers: 1,
         touch: None,
@@ -268,8 +311,14 @@ fn a_secret_in_a_step() {
 
 #[test]
 fn an_ignore_file() {
-    let example =
-        Example { name: "ignore-file", options: &[], runs: None, absent: &["notes.txt", "src/draft.tmp"], own_layers: 1, touch: None };
+    let example = Example {
+        name: "ignore-file",
+        options: &[],
+        runs: None,
+        absent: &["notes.txt", "src/draft.tmp"],
+        own_layers: 1,
+        touch: None,
+    };
     assert_eq!(example.check().0.files_in(""), ["src/keep.tmp", "src/main.txt"]);
 }
 
@@ -286,7 +335,10 @@ fn a_bound_compiler() {
     assert_eq!(example.check().0.file("hello").mode, 0o555);
     let daemon = Daemon::start();
     let context = Fixture::copy_of("examples/bound-compiler");
-    context.write("Dockerfile", context.read("Dockerfile").replacen("# syntax=", "# no-syntax=", 1));
+    context.write(
+        "Dockerfile",
+        context.read("Dockerfile").replacen("# syntax=", "# no-syntax=", 1),
+    );
     let _outcome = daemon.buildx().build(&context).target("check").ok();
 }
 

@@ -7,17 +7,32 @@ use std::process::Command;
 fn git(dir: &Path, args: &[&str]) -> String {
     let out = Command::new("git")
         .current_dir(dir)
-        .args(["-c", "user.name=kiln", "-c", "user.email=kiln@example.org", "-c", "init.defaultBranch=main", "-c", "commit.gpgsign=false"])
+        .args([
+            "-c",
+            "user.name=kiln",
+            "-c",
+            "user.email=kiln@example.org",
+            "-c",
+            "init.defaultBranch=main",
+            "-c",
+            "commit.gpgsign=false",
+        ])
         .args(args)
         .output()
         .unwrap();
-    assert!(out.status.success(), "git {args:?}: {}", String::from_utf8_lossy(&out.stderr));
+    assert!(
+        out.status.success(),
+        "git {args:?}: {}",
+        String::from_utf8_lossy(&out.stderr)
+    );
     String::from_utf8_lossy(&out.stdout).trim().to_owned()
 }
 
 /// A repository with two commits, a tag and a branch, served as plain files.
 fn repository() -> (Fixture, HttpServer, String) {
-    let tree = Fixture::new("=== repo/Dockerfile\nFROM scratch\nCOPY . /\n=== repo/file\none\n=== repo/sub/Dockerfile\nFROM scratch\nCOPY inner /\n=== repo/sub/inner\ninner\n");
+    let tree = Fixture::new(
+        "=== repo/Dockerfile\nFROM scratch\nCOPY . /\n=== repo/file\none\n=== repo/sub/Dockerfile\nFROM scratch\nCOPY inner /\n=== repo/sub/inner\ninner\n",
+    );
     let repo = tree.path().join("repo");
     git(&repo, &["init", "-q"]);
     git(&repo, &["add", "-A"]);
@@ -44,9 +59,18 @@ fn as_a_context() {
     let image = buildx.build_of(&at).image();
     assert_eq!(image.file("file").text(), "two\n");
     assert!(!image.has(".git"));
-    assert_eq!(buildx.build_of(&format!("{at}#v1")).image().file("file").text(), "one\n");
-    assert_eq!(buildx.build_of(&format!("{at}#{head}")).image().file("file").text(), "two\n");
-    assert_eq!(buildx.build_of(&format!("{at}#main:sub")).image().files_in(""), ["inner"]);
+    assert_eq!(
+        buildx.build_of(&format!("{at}#v1")).image().file("file").text(),
+        "one\n"
+    );
+    assert_eq!(
+        buildx.build_of(&format!("{at}#{head}")).image().file("file").text(),
+        "two\n"
+    );
+    assert_eq!(
+        buildx.build_of(&format!("{at}#main:sub")).image().files_in(""),
+        ["inner"]
+    );
     buildx.build_of(&format!("{at}#absent")).fails();
 }
 
@@ -57,12 +81,18 @@ fn in_add() {
     let serve = HttpServer::start(tree.path());
     std::fs::rename(tree.path().join("repo/.git"), tree.path().join("project.git")).unwrap();
     let at = format!("{}/project.git", serve.address());
-    let context = Fixture::new(&format!("=== Dockerfile\nFROM scratch\nADD {at}#v1 /one/\nADD --keep-git-dir=true {at} /two/\n"));
+    let context = Fixture::new(&format!(
+        "=== Dockerfile\nFROM scratch\nADD {at}#v1 /one/\nADD --keep-git-dir=true {at} /two/\n"
+    ));
     let daemon = Daemon::start();
     let (image, _) = daemon.buildx().build(&context).image_and_outcome();
     assert_eq!(image.file("one/file").text(), "one\n");
     assert_eq!(image.file("two/file").text(), "two\n");
     assert!(image.has("two/.git/HEAD") && !image.has("one/.git"));
     let (_, outcome) = daemon.buildx().build(&context).image_and_outcome();
-    assert_eq!(outcome.progress().executed(), Vec::<&str>::new(), "nothing moved in the repository");
+    assert_eq!(
+        outcome.progress().executed(),
+        Vec::<&str>::new(),
+        "nothing moved in the repository"
+    );
 }

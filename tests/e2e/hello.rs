@@ -24,12 +24,19 @@ fn builds_with(client: Client) {
     assert!(bootstrapped.stdout.contains("running"), "{}", bootstrapped.stdout);
     assert!(bootstrapped.stdout.contains("linux/"), "{}", bootstrapped.stdout);
     let list = buildx.run(&["ls"]).ok();
-    assert!(list.stdout.contains("kiln") && list.stdout.contains("remote"), "{}", list.stdout);
+    assert!(
+        list.stdout.contains("kiln") && list.stdout.contains("remote"),
+        "{}",
+        list.stdout
+    );
 
     let context = Fixture::new(TWO_STAGES);
     let (image, outcome) = buildx.build(&context).image_and_outcome();
     assert_eq!(image.file("loud.txt").text(), "HELLO KILN\n");
-    assert!(!image.has("junk") && !image.has("src"), "nothing of the build stage is in the image");
+    assert!(
+        !image.has("junk") && !image.has("src"),
+        "nothing of the build stage is in the image"
+    );
     assert_eq!(image.layers.len(), 2, "the base's layer and one COPY");
     assert_eq!(image.layers[1].paths(), ["loud.txt"]);
     assert_eq!(*image.runtime("Cmd"), serde_json::json!(["cat", "/loud.txt"]));
@@ -40,8 +47,15 @@ fn builds_with(client: Client) {
     assert!(progress.step("RUN tr").done && !progress.cached("RUN tr"));
 
     let (again, outcome) = buildx.build(&context).image_and_outcome();
-    assert_eq!(outcome.progress().executed(), Vec::<&str>::new(), "everything comes from the cache");
-    assert_eq!(again.digest, image.digest, "the second build is the first, byte for byte");
+    assert_eq!(
+        outcome.progress().executed(),
+        Vec::<&str>::new(),
+        "everything comes from the cache"
+    );
+    assert_eq!(
+        again.digest, image.digest,
+        "the second build is the first, byte for byte"
+    );
 }
 
 // caps: source.image source.local exec.meta.base exec.mount.bind file.base constraints platform meta.description

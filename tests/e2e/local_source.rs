@@ -38,7 +38,10 @@ x
 "#,
     );
     let image = daemon.buildx().build(&context).image();
-    assert_eq!(image.files_in(""), [".dockerignore", "docs/README.md", "keep.log", "src/main.c"]);
+    assert_eq!(
+        image.files_in(""),
+        [".dockerignore", "docs/README.md", "keep.log", "src/main.c"]
+    );
 }
 
 #[test]
@@ -48,9 +51,18 @@ fn an_ignore_file_of_its_own_and_another_dockerfile() {
         "=== build/prod.Dockerfile\nFROM scratch\nCOPY . /\n=== build/prod.Dockerfile.dockerignore\n*\n!only\n=== .dockerignore\nonly\n=== only\n1\n=== rest\n2\n",
     );
     let file = context.path().join("build/prod.Dockerfile");
-    let image = daemon.buildx().build(&context).args(&["-f", &file.display().to_string()]).image();
+    let image = daemon
+        .buildx()
+        .build(&context)
+        .args(&["-f", &file.display().to_string()])
+        .image();
     assert_eq!(image.files_in(""), ["only"]);
-    let image = daemon.buildx().build(&context).args(&["-f", "-"]).stdin("FROM scratch\nCOPY rest /r\n").image();
+    let image = daemon
+        .buildx()
+        .build(&context)
+        .args(&["-f", "-"])
+        .stdin("FROM scratch\nCOPY rest /r\n")
+        .image();
     assert_eq!(image.files_in(""), ["r"]);
 }
 
@@ -64,7 +76,11 @@ fn a_context_from_an_archive_on_standard_input() {
         header.set_mode(0o644);
         archive.append_data(&mut header, path, content.as_bytes()).unwrap();
     }
-    let image = daemon.buildx().build_of("-").stdin(archive.into_inner().unwrap()).image();
+    let image = daemon
+        .buildx()
+        .build_of("-")
+        .stdin(archive.into_inner().unwrap())
+        .image();
     assert_eq!(image.file("f").text(), "from tar\n");
 }
 
@@ -73,7 +89,9 @@ fn a_context_from_an_archive_on_standard_input() {
 fn named_contexts() {
     let daemon = Daemon::start();
     let other = Fixture::new("=== extra.txt\nextra\n");
-    let context = Fixture::new("=== Dockerfile\nFROM base AS start\nFROM scratch\nCOPY --from=extra extra.txt /\nCOPY --from=start /etc/alpine-release /\n");
+    let context = Fixture::new(
+        "=== Dockerfile\nFROM base AS start\nFROM scratch\nCOPY --from=extra extra.txt /\nCOPY --from=start /etc/alpine-release /\n",
+    );
     let image = daemon
         .buildx()
         .build(&context)
@@ -94,10 +112,30 @@ fn a_second_transfer_sends_only_what_changed() {
     }
     let sent = |outcome: &harness::Outcome| -> f64 {
         let progress = outcome.progress();
-        let line = progress.step("load build context").log.iter().find(|line| line.contains("transferring context")).cloned().unwrap();
-        let amount = line.split_whitespace().find(|word| word.ends_with('B') && word.starts_with(|c: char| c.is_ascii_digit())).unwrap().to_owned();
-        let number: f64 = amount.trim_end_matches(|c: char| c.is_ascii_alphabetic()).parse().unwrap();
-        number * if amount.ends_with("MB") { 1e6 } else if amount.ends_with("kB") { 1e3 } else { 1.0 }
+        let line = progress
+            .step("load build context")
+            .log
+            .iter()
+            .find(|line| line.contains("transferring context"))
+            .cloned()
+            .unwrap();
+        let amount = line
+            .split_whitespace()
+            .find(|word| word.ends_with('B') && word.starts_with(|c: char| c.is_ascii_digit()))
+            .unwrap()
+            .to_owned();
+        let number: f64 = amount
+            .trim_end_matches(|c: char| c.is_ascii_alphabetic())
+            .parse()
+            .unwrap();
+        number
+            * if amount.ends_with("MB") {
+                1e6
+            } else if amount.ends_with("kB") {
+                1e3
+            } else {
+                1.0
+            }
     };
     assert!(sent(&buildx.build(&context).ok()) > 1.9e6);
     assert!(sent(&buildx.build(&context).ok()) < 1e4, "nothing changed");
@@ -110,7 +148,18 @@ fn a_second_transfer_sends_only_what_changed() {
 fn odd_names_and_kinds() {
     let daemon = Daemon::start();
     let context = Fixture::new("=== Dockerfile\nFROM scratch\nCOPY . /all/\n=== empty\n");
-    let names = ["ünïcödé.txt", "with space", "line\nbreak", "-dash", "a.b", "a/b", "日本語/文.txt", "quote\"'", "%41", "star*"];
+    let names = [
+        "ünïcödé.txt",
+        "with space",
+        "line\nbreak",
+        "-dash",
+        "a.b",
+        "a/b",
+        "日本語/文.txt",
+        "quote\"'",
+        "%41",
+        "star*",
+    ];
     for name in names {
         context.write(name, name);
     }
@@ -135,7 +184,9 @@ fn many_small_files_and_one_large_one() {
     for number in 0..3000 {
         context.write(format!("d{}/f{number}", number % 50), number.to_string());
     }
-    let large: Vec<u8> = (0..30_000_000_u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    let large: Vec<u8> = (0..30_000_000_u32)
+        .map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8)
+        .collect();
     context.write("large", &large);
     let image = daemon.buildx().build(&context).image();
     assert_eq!(image.files_in("").len(), 3002);

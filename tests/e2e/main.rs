@@ -31,9 +31,15 @@ mod ssh;
 #[test]
 fn every_file_is_a_module() {
     let list = include_str!("main.rs");
-    for entry in std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/e2e")).unwrap().flatten() {
+    for entry in std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/e2e"))
+        .unwrap()
+        .flatten()
+    {
         let name = entry.file_name().to_string_lossy().into_owned();
         let module = name.trim_end_matches(".rs");
-        assert!(module == "main" || list.contains(&format!("mod {module};")), "tests/e2e/{name} is in no module list");
+        assert!(
+            module == "main" || list.contains(&format!("mod {module};")),
+            "tests/e2e/{name} is in no module list"
+        );
     }
 }

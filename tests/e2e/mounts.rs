@@ -46,13 +46,27 @@ RUN --mount=type=cache,target=/o,uid=12,gid=34,mode=0711 stat -c '%u %g %a' /o >
 "#,
     );
     let buildx = daemon.buildx();
-    assert_eq!(buildx.build(&context).build_arg("ROUND", "1").image().file("seen").text(), "1\n");
+    assert_eq!(
+        buildx
+            .build(&context)
+            .build_arg("ROUND", "1")
+            .image()
+            .file("seen")
+            .text(),
+        "1\n"
+    );
     let image = buildx.build(&context).build_arg("ROUND", "2").image();
     assert_eq!(image.file("seen").text(), "1\n2\n");
     assert_eq!(image.file("other").text(), "0\n");
     assert_eq!(image.file("owner").text(), "12 34 711\n");
     assert!(!image.has("c") && !image.has("o"), "cache mounts are not in the image");
-    assert!(image.layers.iter().skip(1).all(|layer| !layer.paths().iter().any(|path| path.contains("rounds"))));
+    assert!(
+        image
+            .layers
+            .iter()
+            .skip(1)
+            .all(|layer| !layer.paths().iter().any(|path| path.contains("rounds")))
+    );
 }
 
 // caps: exec.mount.cache.content
@@ -104,8 +118,13 @@ fn tmpfs_mounts_are_empty_and_bounded() {
 fn a_failing_step_keeps_the_cache_mount_usable() {
     let daemon = Daemon::start();
     let buildx = daemon.buildx();
-    let context = Fixture::new("=== Dockerfile\nFROM busybox\nRUN --mount=type=cache,target=/c,sharing=locked echo kept > /c/f; exit 1\n");
+    let context = Fixture::new(
+        "=== Dockerfile\nFROM busybox\nRUN --mount=type=cache,target=/c,sharing=locked echo kept > /c/f; exit 1\n",
+    );
     buildx.build(&context).fails();
-    context.write("Dockerfile", "FROM busybox\nRUN --mount=type=cache,target=/c,sharing=locked cat /c/f > /seen\n");
+    context.write(
+        "Dockerfile",
+        "FROM busybox\nRUN --mount=type=cache,target=/c,sharing=locked cat /c/f > /seen\n",
+    );
     assert_eq!(buildx.build(&context).image().file("seen").text(), "kept\n");
 }

@@ -26,7 +26,10 @@ fn a_target_ends_the_build_early() {
     assert!(outcome.progress().find("echo built").is_none());
     let (image, outcome) = buildx.build(&context).image_and_outcome();
     assert_eq!(image.files_in(""), ["built"]);
-    assert!(outcome.progress().cached("echo deps"), "the shared stage is not built again");
+    assert!(
+        outcome.progress().cached("echo deps"),
+        "the shared stage is not built again"
+    );
     assert!(outcome.progress().find("echo tested").is_none());
 }
 
@@ -54,9 +57,15 @@ fn a_stage_inherits_configuration_from_its_parent() {
     assert!(image.runtime("Volumes")["/data"].is_object());
     assert_eq!(image.runtime("StopSignal"), "SIGINT");
     assert_eq!(image.runtime("Healthcheck")["Interval"], 5_000_000_000_u64);
-    assert_eq!(image.runtime("Healthcheck")["Test"], serde_json::json!(["CMD-SHELL", "true"]));
+    assert_eq!(
+        image.runtime("Healthcheck")["Test"],
+        serde_json::json!(["CMD-SHELL", "true"])
+    );
     assert_eq!(*image.runtime("Entrypoint"), serde_json::json!(["/bin/true"]));
-    assert!(image.runtime("Cmd").is_null(), "a new entrypoint drops an inherited command");
+    assert!(
+        image.runtime("Cmd").is_null(),
+        "a new entrypoint drops an inherited command"
+    );
 }
 
 #[test]
@@ -80,17 +89,39 @@ fn conditional_stages() {
     let (image, outcome) = buildx.build(&context).image_and_outcome();
     assert_eq!(image.file("mode").text(), "prod\n");
     assert!(outcome.progress().find("echo dev").is_none());
-    assert_eq!(buildx.build(&context).build_arg("MODE", "dev").image().file("mode").text(), "dev\n");
+    assert_eq!(
+        buildx
+            .build(&context)
+            .build_arg("MODE", "dev")
+            .image()
+            .file("mode")
+            .text(),
+        "dev\n"
+    );
 }
 
 #[test]
 fn history_names_every_step() {
     let daemon = Daemon::start();
-    let context = Fixture::new("=== Dockerfile\nFROM busybox\nENV A=1\nRUN echo x > /x\nCOPY f /f\nCMD [\"sh\"]\n=== f\n1\n");
+    let context =
+        Fixture::new("=== Dockerfile\nFROM busybox\nENV A=1\nRUN echo x > /x\nCOPY f /f\nCMD [\"sh\"]\n=== f\n1\n");
     let image = daemon.buildx().build(&context).image();
     let history = image.config["history"].as_array().unwrap();
     let said: Vec<&str> = history.iter().filter_map(|step| step["created_by"].as_str()).collect();
-    assert_eq!(&said[1..], ["ENV A=1", "RUN /bin/sh -c echo x > /x # buildkit", "COPY f /f # buildkit", "CMD [\"sh\"]"]);
-    assert!(history.iter().skip(1).all(|step| step["comment"] == "buildkit.dockerfile.v0"));
+    assert_eq!(
+        &said[1..],
+        [
+            "ENV A=1",
+            "RUN /bin/sh -c echo x > /x # buildkit",
+            "COPY f /f # buildkit",
+            "CMD [\"sh\"]"
+        ]
+    );
+    assert!(
+        history
+            .iter()
+            .skip(1)
+            .all(|step| step["comment"] == "buildkit.dockerfile.v0")
+    );
     assert_eq!(history[1]["empty_layer"], true);
 }

@@ -8,7 +8,9 @@ fn independent_stages_overlap() {
     let daemon = Daemon::start();
     // Each stage waits for a sign of the other: together they finish at once, one after the other never.
     let wait = |mine: &str, theirs: &str| {
-        format!("RUN --mount=type=cache,target=/meet touch /meet/{mine}; i=0; while ! test -e /meet/{theirs}; do i=$((i+1)); test $i -lt 300 || exit 1; usleep 100000; done; touch /{mine}")
+        format!(
+            "RUN --mount=type=cache,target=/meet touch /meet/{mine}; i=0; while ! test -e /meet/{theirs}; do i=$((i+1)); test $i -lt 300 || exit 1; usleep 100000; done; touch /{mine}"
+        )
     };
     let context = Fixture::new(&format!(
         "=== Dockerfile\nFROM busybox AS a\n{}\nFROM busybox AS b\n{}\nFROM scratch\nCOPY --from=a /a /\nCOPY --from=b /b /\n",
@@ -24,11 +26,17 @@ fn two_slow_stages_take_the_time_of_one() {
     let context = Fixture::new(
         "=== Dockerfile\nFROM busybox AS a\nRUN sleep 2; touch /a\nFROM busybox AS b\nRUN sleep 2; touch /b\nFROM scratch\nCOPY --from=a /a /\nCOPY --from=b /b /\n",
     );
-    let _warm = daemon.buildx().build(&Fixture::new("=== Dockerfile\nFROM busybox\n")).ok();
+    let _warm = daemon
+        .buildx()
+        .build(&Fixture::new("=== Dockerfile\nFROM busybox\n"))
+        .ok();
     let started = Instant::now();
     let _outcome = daemon.buildx().build(&context).ok();
     let took = started.elapsed();
-    assert!(took < Duration::from_millis(3900), "two steps of two seconds took {took:?}");
+    assert!(
+        took < Duration::from_millis(3900),
+        "two steps of two seconds took {took:?}"
+    );
 }
 
 #[test]
@@ -37,10 +45,16 @@ fn two_clients_share_one_run() {
     let served = Fixture::new("=== x\nx\n");
     let server = harness::HttpServer::start(served.path());
     // Each run of the step leaves a request at the server.
-    let context = Fixture::new(&format!("=== Dockerfile\nFROM busybox\nRUN echo go; sleep 2; wget -q -O /x {}/x; cat /proc/sys/kernel/random/uuid > /id\n", server.address()));
+    let context = Fixture::new(&format!(
+        "=== Dockerfile\nFROM busybox\nRUN echo go; sleep 2; wget -q -O /x {}/x; cat /proc/sys/kernel/random/uuid > /id\n",
+        server.address()
+    ));
     let (first, second) = (daemon.buildx(), daemon.buildx());
     let images: Vec<_> = std::thread::scope(|scope| {
-        let builds: Vec<_> = [&first, &second].map(|buildx| scope.spawn(|| buildx.build(&context).image())).into_iter().collect();
+        let builds: Vec<_> = [&first, &second]
+            .map(|buildx| scope.spawn(|| buildx.build(&context).image()))
+            .into_iter()
+            .collect();
         builds.into_iter().map(|build| build.join().unwrap()).collect()
     });
     assert_eq!(server.requests().len(), 1, "the step ran once: {:?}", server.requests());
@@ -71,7 +85,9 @@ fn eight_clients_at_once() {
             .map(|number| {
                 let daemon = &daemon;
                 scope.spawn(move || {
-                    let context = Fixture::new(&format!("=== Dockerfile\nFROM busybox\nCOPY f /f\nRUN cat /f > /{number}\n=== f\n{number}\n"));
+                    let context = Fixture::new(&format!(
+                        "=== Dockerfile\nFROM busybox\nCOPY f /f\nRUN cat /f > /{number}\n=== f\n{number}\n"
+                    ));
                     let image = daemon.buildx().build(&context).image();
                     assert_eq!(image.file(&number.to_string()).text(), format!("{number}\n"));
                 })

@@ -22,11 +22,25 @@ fn the_default_names_every_base() {
     assert!(descriptor.contains("manifests"));
     assert!(!text.contains("hidden-value"), "mode=min keeps build arguments out");
     let metadata = &outcome.metadata["buildx.build.provenance"];
-    assert!(metadata.is_object(), "the metadata file has it as well: {:#}", outcome.metadata);
-    let materials = [&metadata["materials"], &metadata["buildDefinition"]["resolvedDependencies"]];
-    let materials = materials.into_iter().find_map(|m| m.as_array()).expect("a list of materials");
+    assert!(
+        metadata.is_object(),
+        "the metadata file has it as well: {:#}",
+        outcome.metadata
+    );
+    let materials = [
+        &metadata["materials"],
+        &metadata["buildDefinition"]["resolvedDependencies"],
+    ];
+    let materials = materials
+        .into_iter()
+        .find_map(|m| m.as_array())
+        .expect("a list of materials");
     assert_eq!(materials.len(), 2, "{metadata:#}");
-    assert!(materials.iter().all(|material| material["digest"]["sha256"].as_str().is_some_and(|digest| digest.len() == 64)));
+    assert!(materials.iter().all(|material| {
+        material["digest"]["sha256"]
+            .as_str()
+            .is_some_and(|digest| digest.len() == 64)
+    }));
     assert!(outcome.metadata["buildx.build.ref"].is_string());
 }
 
@@ -38,14 +52,22 @@ fn off_means_a_plain_image() {
         let image = daemon.buildx().build(&Fixture::new(CONTEXT)).args(option).image();
         assert!(image.attestations.is_empty());
         assert_eq!(image.index["manifests"].as_array().unwrap().len(), 1);
-        assert_eq!(image.index["manifests"][0]["mediaType"], "application/vnd.oci.image.manifest.v1+json");
+        assert_eq!(
+            image.index["manifests"][0]["mediaType"],
+            "application/vnd.oci.image.manifest.v1+json"
+        );
     }
 }
 
 #[test]
 fn mode_max_has_the_build_itself() {
     let daemon = Daemon::start();
-    let image = daemon.buildx().build(&Fixture::new(CONTEXT)).arg("--provenance=mode=max").build_arg("SECRET_LOOKING", "shown").image();
+    let image = daemon
+        .buildx()
+        .build(&Fixture::new(CONTEXT))
+        .arg("--provenance=mode=max")
+        .build_arg("SECRET_LOOKING", "shown")
+        .image();
     let text = image.provenance().expect("an attestation").to_string();
     assert!(text.contains("shown") && text.contains("llbDefinition"));
 }
@@ -58,15 +80,27 @@ fn the_attestation_points_to_its_image() {
     let context = Fixture::new(CONTEXT);
     let build = buildx.build(&context).arg("--provenance=true");
     let dir = build.result_path("layout");
-    let _outcome = build.arg(format!("--output=type=oci,tar=false,dest={}", dir.display())).ok();
+    let _outcome = build
+        .arg(format!("--output=type=oci,tar=false,dest={}", dir.display()))
+        .ok();
     let image = Image::open_layout(&dir);
     let index: serde_json::Value = {
-        let digest = image.index["manifests"][0]["digest"].as_str().unwrap().trim_start_matches("sha256:").to_owned();
+        let digest = image.index["manifests"][0]["digest"]
+            .as_str()
+            .unwrap()
+            .trim_start_matches("sha256:")
+            .to_owned();
         serde_json::from_slice(&std::fs::read(dir.join("blobs/sha256").join(digest)).unwrap()).unwrap()
     };
     let manifests = index["manifests"].as_array().unwrap();
     assert_eq!(manifests.len(), 2);
     assert_eq!(manifests[1]["platform"]["os"], "unknown");
-    assert_eq!(manifests[1]["annotations"]["vnd.docker.reference.type"], "attestation-manifest");
-    assert_eq!(manifests[1]["annotations"]["vnd.docker.reference.digest"], image.digest.as_str());
+    assert_eq!(
+        manifests[1]["annotations"]["vnd.docker.reference.type"],
+        "attestation-manifest"
+    );
+    assert_eq!(
+        manifests[1]["annotations"]["vnd.docker.reference.digest"],
+        image.digest.as_str()
+    );
 }

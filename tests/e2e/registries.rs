@@ -6,7 +6,11 @@ const APP: &str = "=== Dockerfile\nFROM busybox\nRUN echo pushed > /pushed\n";
 
 fn push(registry: &Registry, daemon: &Daemon, name: &str) -> harness::Outcome {
     let reference = format!("{}/{name}", registry.host());
-    daemon.buildx().build(&Fixture::new(APP)).args(&["-t", &reference, "--push"]).run()
+    daemon
+        .buildx()
+        .build(&Fixture::new(APP))
+        .args(&["-t", &reference, "--push"])
+        .run()
 }
 
 #[test]
@@ -16,18 +20,38 @@ fn push_and_use_as_a_base() {
     let outcome = push(&registry, &daemon, "team/app:1").ok();
     let image = Image::pull(&registry, "team/app", "1");
     assert_eq!(image.file("pushed").text(), "pushed\n");
-    assert_eq!(outcome.metadata["image.name"].as_str().unwrap(), format!("{}/team/app:1", registry.host()));
+    assert_eq!(
+        outcome.metadata["image.name"].as_str().unwrap(),
+        format!("{}/team/app:1", registry.host())
+    );
     let second = Daemon::with().plain_http(&registry).start();
-    let context = Fixture::new(&format!("=== Dockerfile\nFROM {}/team/app:1\nRUN cat /pushed > /copy\n", registry.host()));
+    let context = Fixture::new(&format!(
+        "=== Dockerfile\nFROM {}/team/app:1\nRUN cat /pushed > /copy\n",
+        registry.host()
+    ));
     let derived = second.buildx().build(&context).image();
     assert_eq!(derived.file("copy").text(), "pushed\n");
-    assert_eq!(derived.layers[..2].iter().map(|layer| &layer.digest).collect::<Vec<_>>(), image.layers.iter().map(|layer| &layer.digest).collect::<Vec<_>>());
+    assert_eq!(
+        derived.layers[..2]
+            .iter()
+            .map(|layer| &layer.digest)
+            .collect::<Vec<_>>(),
+        image.layers.iter().map(|layer| &layer.digest).collect::<Vec<_>>()
+    );
     // By digest, and with nothing fetched a second time.
     let blobs = registry.requests("GET", "/blobs/");
-    let context = Fixture::new(&format!("=== Dockerfile\nFROM {}/team/app@{}\nRUN cat /pushed > /copy\n", registry.host(), image.digest));
+    let context = Fixture::new(&format!(
+        "=== Dockerfile\nFROM {}/team/app@{}\nRUN cat /pushed > /copy\n",
+        registry.host(),
+        image.digest
+    ));
     let again = second.buildx().build(&context).image();
     assert_eq!(again.file("copy").text(), "pushed\n");
-    assert_eq!(registry.requests("GET", "/blobs/"), blobs, "what is here is not fetched again");
+    assert_eq!(
+        registry.requests("GET", "/blobs/"),
+        blobs,
+        "what is here is not fetched again"
+    );
 }
 
 #[test]
@@ -39,8 +63,14 @@ fn pushing_twice_uploads_nothing() {
     let _second = push(&registry, &daemon, "team/app:2").ok();
     let layers = uploads;
     // A new attestation with its own times is the only thing that may be new.
-    assert!(registry.requests("PUT", "/blobs/") - layers <= 2, "layers are not uploaded again");
-    assert_eq!(Image::pull(&registry, "team/app", "2").layer_digests(), Image::pull(&registry, "team/app", "1").layer_digests());
+    assert!(
+        registry.requests("PUT", "/blobs/") - layers <= 2,
+        "layers are not uploaded again"
+    );
+    assert_eq!(
+        Image::pull(&registry, "team/app", "2").layer_digests(),
+        Image::pull(&registry, "team/app", "1").layer_digests()
+    );
 }
 
 #[test]
@@ -50,9 +80,17 @@ fn basic_credentials_come_from_the_client() {
     let reference = format!("{}/private/app:1", registry.host());
     let context = Fixture::new(APP);
     let buildx = daemon.buildx();
-    buildx.build(&context).args(&["-t", &reference, "--push"]).fails().says(&["401"]);
+    buildx
+        .build(&context)
+        .args(&["-t", &reference, "--push"])
+        .fails()
+        .says(&["401"]);
     buildx.login(registry.host(), "ann", "wrong");
-    buildx.build(&context).args(&["-t", &reference, "--push"]).fails().says(&["401"]);
+    buildx
+        .build(&context)
+        .args(&["-t", &reference, "--push"])
+        .fails()
+        .says(&["401"]);
     buildx.login(registry.host(), "ann", "pass word");
     let _outcome = buildx.build(&context).args(&["-t", &reference, "--push"]).ok();
     let derived = Fixture::new(&format!("=== Dockerfile\nFROM {reference}\nRUN cat /pushed > /copy\n"));
@@ -74,8 +112,18 @@ fn tokens_with_scopes() {
     buildx.build(&context).args(&["-t", &reference, "--push"]).fails();
     buildx.login(registry.host(), "bob", "secret");
     let _outcome = buildx.build(&context).args(&["-t", &reference, "--push"]).ok();
-    assert_eq!(Image::pull(&registry, "team/app", "1").file("pushed").text(), "pushed\n");
-    assert!(registry.scopes().iter().any(|scope| scope.contains("repository:team/app:") && scope.contains("push")), "{:?}", registry.scopes());
+    assert_eq!(
+        Image::pull(&registry, "team/app", "1").file("pushed").text(),
+        "pushed\n"
+    );
+    assert!(
+        registry
+            .scopes()
+            .iter()
+            .any(|scope| scope.contains("repository:team/app:") && scope.contains("push")),
+        "{:?}",
+        registry.scopes()
+    );
     let second = Daemon::with().plain_http(&registry).start();
     let client = second.buildx();
     client.login(registry.host(), "bob", "secret");
@@ -93,20 +141,41 @@ fn a_platform_is_chosen_from_an_index() {
     let registry = Registry::empty();
     let daemon = Daemon::with().plain_http(&registry).start();
     let reference = format!("{}/multi/app:1", registry.host());
-    let context = Fixture::new("=== Dockerfile\nFROM scratch\nARG TARGETARCH\nCOPY $TARGETARCH /arch\n=== amd64\namd64\n=== arm64\narm64\n");
+    let context = Fixture::new(
+        "=== Dockerfile\nFROM scratch\nARG TARGETARCH\nCOPY $TARGETARCH /arch\n=== amd64\namd64\n=== arm64\narm64\n",
+    );
     let buildx = daemon.buildx();
-    let outcome = buildx.build(&context).args(&["--platform", "linux/amd64,linux/arm64", "-t", &reference, "--push"]).ok();
+    let outcome = buildx
+        .build(&context)
+        .args(&["--platform", "linux/amd64,linux/arm64", "-t", &reference, "--push"])
+        .ok();
     assert!(outcome.metadata["containerimage.digest"].is_string());
     let index = registry.json("/v2/multi/app/manifests/1");
-    let platforms: Vec<&str> = index["manifests"].as_array().unwrap().iter().filter_map(|m| m["platform"]["architecture"].as_str()).collect();
-    assert_eq!(&platforms[..2], ["amd64", "arm64"], "images first, attestations after them");
+    let platforms: Vec<&str> = index["manifests"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter_map(|m| m["platform"]["architecture"].as_str())
+        .collect();
+    assert_eq!(
+        &platforms[..2],
+        ["amd64", "arm64"],
+        "images first, attestations after them"
+    );
     let derived = Fixture::new(&format!("=== Dockerfile\nFROM {reference}\nLABEL x=1\n"));
     for arch in ["amd64", "arm64"] {
-        let image = buildx.build(&derived).args(&["--platform", &format!("linux/{arch}")]).image();
+        let image = buildx
+            .build(&derived)
+            .args(&["--platform", &format!("linux/{arch}")])
+            .image();
         assert_eq!(image.file("arch").text(), format!("{arch}\n"));
         assert_eq!(image.config["architecture"], arch);
     }
-    buildx.build(&derived).args(&["--platform", "linux/s390x"]).fails().says(&["no match for platform in manifest"]);
+    buildx
+        .build(&derived)
+        .args(&["--platform", "linux/s390x"])
+        .fails()
+        .says(&["no match for platform in manifest"]);
 }
 
 #[test]
@@ -124,7 +193,10 @@ fn a_mirror_that_has_nothing_is_passed_over() {
     let daemon = Daemon::with().plain_http(&registry).config(&config).start();
     let context = Fixture::new("=== Dockerfile\nFROM example.test/library/only-here:1\nRUN cat /pushed > /copy\n");
     assert_eq!(daemon.buildx().build(&context).image().file("copy").text(), "pushed\n");
-    assert!(nothing.requests("HEAD", "only-here") + nothing.requests("GET", "only-here") > 0, "the first mirror was asked");
+    assert!(
+        nothing.requests("HEAD", "only-here") + nothing.requests("GET", "only-here") > 0,
+        "the first mirror was asked"
+    );
 }
 
 #[test]
@@ -140,9 +212,15 @@ fn a_layer_with_a_wrong_digest_is_refused() {
     bytes[middle] ^= 0xff;
     std::fs::write(&file, bytes).unwrap();
     let daemon = Daemon::with().plain_http(&registry).start();
-    let context = Fixture::new(&format!("=== Dockerfile\nFROM {}/team/app:1\nRUN cat /pushed\n", registry.host()));
+    let context = Fixture::new(&format!(
+        "=== Dockerfile\nFROM {}/team/app:1\nRUN cat /pushed\n",
+        registry.host()
+    ));
     let outcome = daemon.buildx().build(&context).fails();
-    assert!(!outcome.progress().log().contains("pushed"), "no step ran on the corrupt layer");
+    assert!(
+        !outcome.progress().log().contains("pushed"),
+        "no step ran on the corrupt layer"
+    );
 }
 
 #[test]
@@ -151,7 +229,9 @@ fn an_image_that_points_outside_stays_inside() {
     let daemon = Daemon::with().plain_http(&registry).start();
     let reference = format!("{}/team/links:1", registry.host());
     let buildx = daemon.buildx();
-    let base = Fixture::new("=== Dockerfile\nFROM busybox\nRUN ln -s /tmp /absolute && ln -s ../../../../../../tmp /climbing && ln -s / /self\n");
+    let base = Fixture::new(
+        "=== Dockerfile\nFROM busybox\nRUN ln -s /tmp /absolute && ln -s ../../../../../../tmp /climbing && ln -s / /self\n",
+    );
     let _outcome = buildx.build(&base).args(&["-t", &reference, "--push"]).ok();
     let name = format!("kiln-outside-{}", std::process::id());
     let context = Fixture::new(&format!(
@@ -164,7 +244,10 @@ fn an_image_that_points_outside_stays_inside() {
             let _ = std::fs::remove_dir(format!("/tmp/{name}-3"));
             continue;
         }
-        assert!(!std::path::Path::new("/tmp").join(format!("{name}-{number}")).exists(), "written on the host: {number}");
+        assert!(
+            !std::path::Path::new("/tmp").join(format!("{name}-{number}")).exists(),
+            "written on the host: {number}"
+        );
     }
     for number in [1, 2, 4] {
         assert_eq!(image.file(&format!("tmp/{name}-{number}")).text(), "f\n");

@@ -41,7 +41,10 @@ RUN id -g > /tmp/gid3
 "#,
     );
     assert_eq!(image.file("tmp/uid").text(), "1234\n");
-    assert_eq!(image.file("tmp/groups").text().split_whitespace().collect::<Vec<_>>(), ["1234", "4321"]);
+    assert_eq!(
+        image.file("tmp/groups").text().split_whitespace().collect::<Vec<_>>(),
+        ["1234", "4321"]
+    );
     assert_eq!((image.file("tmp/mine").uid, image.file("tmp/mine").gid), (1234, 1234));
     assert_eq!(image.file("tmp/home").text(), "/home/builder\n");
     assert_eq!(image.file("tmp/uid2").text(), "77\n88\n");
@@ -114,7 +117,10 @@ RUN mkdir /k && cd /k && echo a > file && chmod 4751 file && ln file hard && ln 
     use harness::Kind;
     assert_eq!(image.file("k/file").mode, 0o4751);
     let linked = [&image.tree["k/file"].kind, &image.tree["k/hard"].kind];
-    assert!(linked.iter().any(|kind| matches!(kind, Kind::Hardlink(_))), "{linked:?}");
+    assert!(
+        linked.iter().any(|kind| matches!(kind, Kind::Hardlink(_))),
+        "{linked:?}"
+    );
     assert_eq!(image.tree["k/sym"].kind, Kind::Symlink("../gone".into()));
     assert_eq!(image.tree["k/pipe"].kind, Kind::Other(b'6'));
     assert_eq!(image.tree["k/null"].kind, Kind::Other(b'3'));
@@ -152,14 +158,27 @@ fn standard_input_is_empty_and_output_is_complete() {
     let context = Fixture::new(
         "=== Dockerfile\nFROM busybox\nRUN wc -c; for i in $(seq 1 3000); do echo line $i; done; echo to stderr >&2; printf 'no newline'\n",
     );
-    let outcome = daemon.buildx().build(&context).env("BUILDKIT_STEP_LOG_MAX_SIZE", "-1").ok();
+    let outcome = daemon
+        .buildx()
+        .build(&context)
+        .env("BUILDKIT_STEP_LOG_MAX_SIZE", "-1")
+        .ok();
     let progress = outcome.progress();
     let log = &progress.step("RUN wc").log;
     assert_eq!(log.first().map(String::as_str), Some("0"));
     let lines: Vec<&str> = log.iter().filter_map(|line| line.strip_prefix("line ")).collect();
     assert_eq!(lines.len(), 3000, "no line is lost");
-    assert!(lines.iter().enumerate().all(|(index, number)| number.parse() == Ok(index + 1)), "lines come in their order");
-    assert!(log.iter().any(|line| line == "to stderr") && log.iter().any(|line| line == "no newline"), "{log:?}");
+    assert!(
+        lines
+            .iter()
+            .enumerate()
+            .all(|(index, number)| number.parse() == Ok(index + 1)),
+        "lines come in their order"
+    );
+    assert!(
+        log.iter().any(|line| line == "to stderr") && log.iter().any(|line| line == "no newline"),
+        "{log:?}"
+    );
 }
 
 // caps: exec.meta.ulimit
@@ -169,7 +188,11 @@ fn limits_and_shared_memory() {
     let context = Fixture::new(
         "=== Dockerfile\nFROM busybox\nRUN ulimit -n > /files; df -k /dev/shm | tail -n 1 > /shm; stat -c %a /dev/shm /dev/null /tmp > /modes\n",
     );
-    let image = daemon.buildx().build(&context).args(&["--ulimit", "nofile=321:321", "--shm-size", "8m"]).image();
+    let image = daemon
+        .buildx()
+        .build(&context)
+        .args(&["--ulimit", "nofile=321:321", "--shm-size", "8m"])
+        .image();
     assert_eq!(image.file("files").text(), "321\n");
     assert_eq!(image.file("shm").text().split_whitespace().nth(1), Some("8192"));
     assert_eq!(image.file("modes").text(), "1777\n666\n1777\n");
@@ -179,7 +202,14 @@ fn limits_and_shared_memory() {
 fn extra_hosts_are_seen_and_not_kept() {
     let daemon = Daemon::start();
     let context = Fixture::new("=== Dockerfile\nFROM busybox\nRUN grep kiln.test /etc/hosts > /seen\n");
-    let image = daemon.buildx().build(&context).args(&["--add-host", "kiln.test:10.1.2.3"]).image();
-    assert_eq!(image.file("seen").text().split_whitespace().collect::<Vec<_>>(), ["10.1.2.3", "kiln.test"]);
+    let image = daemon
+        .buildx()
+        .build(&context)
+        .args(&["--add-host", "kiln.test:10.1.2.3"])
+        .image();
+    assert_eq!(
+        image.file("seen").text().split_whitespace().collect::<Vec<_>>(),
+        ["10.1.2.3", "kiln.test"]
+    );
     assert!(!image.mentions(b"10.1.2.3\tlocalhost"));
 }

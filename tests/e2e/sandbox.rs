@@ -58,7 +58,12 @@ fn a_step_can_do_what_it_can_elsewhere_and_no_more() {
     let daemon = Daemon::start();
     let image = report(&daemon);
     let text = image.file("report").text().to_owned();
-    let has = |line: &str| assert!(text.lines().any(|seen| seen.trim() == line), "no line {line:?} in the report:\n{text}");
+    let has = |line: &str| {
+        assert!(
+            text.lines().any(|seen| seen.trim() == line),
+            "no line {line:?} in the report:\n{text}"
+        )
+    };
     // The fourteen capabilities of containers.
     for set in ["CapPrm", "CapEff", "CapBnd"] {
         has(&format!("{set}: 00000000a80425fb"));
@@ -70,8 +75,20 @@ fn a_step_can_do_what_it_can_elsewhere_and_no_more() {
     has("NoNewPrivs: 0");
     has("pid 1");
     for refused in [
-        "mount", "umount", "mknod-disk", "sethostname", "settime", "unshare-mount", "unshare-net", "pivot-root", "swapoff", "insmod",
-        "write-sys", "write-sysctl", "sysrq", "nice-down",
+        "mount",
+        "umount",
+        "mknod-disk",
+        "sethostname",
+        "settime",
+        "unshare-mount",
+        "unshare-net",
+        "pivot-root",
+        "swapoff",
+        "insmod",
+        "write-sys",
+        "write-sysctl",
+        "sysrq",
+        "nice-down",
     ] {
         has(&format!("{refused} refused"));
     }
@@ -81,7 +98,10 @@ fn a_step_can_do_what_it_can_elsewhere_and_no_more() {
     for masked in ["/proc/kcore", "/proc/timer_list", "/proc/keys"] {
         let masked = format!("{masked} ");
         let seen = text.lines().find(|line| line.starts_with(&masked)).unwrap_or_default();
-        assert!(seen.ends_with("file of 0") || seen.ends_with("absent"), "{seen:?} can be read");
+        assert!(
+            seen.ends_with("file of 0") || seen.ends_with("absent"),
+            "{seen:?} can be read"
+        );
     }
     for readonly in ["/proc/sys ro", "/sys ro"] {
         has(readonly);
@@ -93,6 +113,9 @@ fn the_reference_reports_the_same() {
     // Only where somebody has named a reference daemon beside the one under test.
     let Some(peer) = std::env::var_os("PEER") else { return };
     let ours = report(&Daemon::start()).file("report").text().to_owned();
-    let theirs = report(&Daemon::with().program(peer).start()).file("report").text().to_owned();
+    let theirs = report(&Daemon::with().program(peer).start())
+        .file("report")
+        .text()
+        .to_owned();
     assert_eq!(ours, theirs);
 }

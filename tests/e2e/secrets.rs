@@ -26,27 +26,48 @@ fn a_secret_is_read_and_stays_nowhere() {
     let buildx = daemon.buildx();
     let (image, outcome) = buildx
         .build(&context())
-        .args(&["--secret", &format!("id=token,src={}", secret.path().join("token").display())])
+        .args(&[
+            "--secret",
+            &format!("id=token,src={}", secret.path().join("token").display()),
+        ])
         .image_and_outcome();
     assert_eq!(image.file("length").text().trim(), SECRET.len().to_string());
     assert_eq!(image.file("mode").text(), "400 0\n");
     assert_eq!(image.file("custom").text(), "440 5 6\n");
     assert_eq!(image.file("env-length").text().trim(), SECRET.len().to_string());
-    assert!(!image.has("run/secrets") && !image.has("deep"), "mount points stay in the image");
+    assert!(
+        !image.has("run/secrets") && !image.has("deep"),
+        "mount points stay in the image"
+    );
     assert!(!image.mentions(SECRET.as_bytes()));
     assert!(!outcome.stderr.contains(SECRET) && !outcome.metadata.to_string().contains(SECRET));
     assert!(!daemon.log().contains(SECRET));
-    assert_eq!(daemon.state_files_with(SECRET.as_bytes()), Vec::<std::path::PathBuf>::new());
+    assert_eq!(
+        daemon.state_files_with(SECRET.as_bytes()),
+        Vec::<std::path::PathBuf>::new()
+    );
 }
 
 #[test]
 fn a_secret_from_the_environment_and_a_changed_one() {
     let daemon = Daemon::start();
     let buildx = daemon.buildx();
-    let context = Fixture::new("=== Dockerfile\nFROM busybox\nRUN --mount=type=secret,id=token cat /run/secrets/token | wc -c > /n\n");
-    let build = |value: &str| buildx.build(&context).args(&["--secret", "id=token,env=TOKEN"]).env("TOKEN", value).image();
+    let context = Fixture::new(
+        "=== Dockerfile\nFROM busybox\nRUN --mount=type=secret,id=token cat /run/secrets/token | wc -c > /n\n",
+    );
+    let build = |value: &str| {
+        buildx
+            .build(&context)
+            .args(&["--secret", "id=token,env=TOKEN"])
+            .env("TOKEN", value)
+            .image()
+    };
     assert_eq!(build("12345").file("n").text(), "5\n");
-    assert_eq!(build("1234567").file("n").text(), "5\n", "another value of a secret is not another step");
+    assert_eq!(
+        build("1234567").file("n").text(),
+        "5\n",
+        "another value of a secret is not another step"
+    );
 }
 
 #[test]
@@ -58,14 +79,28 @@ fn a_secret_is_nowhere_on_disk_during_the_step_and_after_a_kill() {
     );
     // The reference writes a secret that becomes an environment variable into its runtime's configuration file. Kiln does not.
     if !harness::lab::is_reference() {
-        let dockerfile = context.read("Dockerfile").replace("id=token ", "id=token --mount=type=secret,id=token,env=TOKEN ");
+        let dockerfile = context
+            .read("Dockerfile")
+            .replace("id=token ", "id=token --mount=type=secret,id=token,env=TOKEN ");
         context.write("Dockerfile", dockerfile);
     }
-    let mut running = buildx.build(&context).args(&["--secret", "id=token,env=TOKEN"]).env("TOKEN", SECRET).start();
+    let mut running = buildx
+        .build(&context)
+        .args(&["--secret", "id=token,env=TOKEN"])
+        .env("TOKEN", SECRET)
+        .start();
     running.wait_for("in-the-step");
-    assert_eq!(daemon.state_files_with(SECRET.as_bytes()), Vec::<std::path::PathBuf>::new(), "during the step");
+    assert_eq!(
+        daemon.state_files_with(SECRET.as_bytes()),
+        Vec::<std::path::PathBuf>::new(),
+        "during the step"
+    );
     daemon.kill();
-    assert_eq!(daemon.state_files_with(SECRET.as_bytes()), Vec::<std::path::PathBuf>::new(), "after a kill");
+    assert_eq!(
+        daemon.state_files_with(SECRET.as_bytes()),
+        Vec::<std::path::PathBuf>::new(),
+        "after a kill"
+    );
     let _ = running.finish().fails();
     // Sweep what a killed daemon's runtime may have left behind.
     let left = harness::process::running_with("sleep 600");

@@ -21,11 +21,19 @@ impl Agent {
             &[],
             &dir.path().join("agent.log"),
         );
-        harness::process::eventually(Duration::from_secs(10), || socket.exists().then_some(())).expect("the agent listens");
+        harness::process::eventually(Duration::from_secs(10), || socket.exists().then_some(()))
+            .expect("the agent listens");
         let key = dir.path().join("key");
-        let made = Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-C", "kiln-key", "-f"]).arg(&key).status();
+        let made = Command::new("ssh-keygen")
+            .args(["-q", "-t", "ed25519", "-N", "", "-C", "kiln-key", "-f"])
+            .arg(&key)
+            .status();
         assert!(made.unwrap().success());
-        let added = Command::new("ssh-add").arg("-q").arg(&key).env("SSH_AUTH_SOCK", &socket).status();
+        let added = Command::new("ssh-add")
+            .arg("-q")
+            .arg(&key)
+            .env("SSH_AUTH_SOCK", &socket)
+            .status();
         assert!(added.unwrap().success());
         Agent { dir, _process: process }
     }
@@ -58,10 +66,19 @@ fn the_agent_of_the_client_answers_in_the_step() {
     let agent = Agent::start();
     let daemon = Daemon::start();
     let context = Fixture::new(DOCKERFILE);
-    let image = daemon.buildx().build(&context).args(&["--ssh", &format!("default={}", agent.socket())]).image();
+    let image = daemon
+        .buildx()
+        .build(&context)
+        .args(&["--ssh", &format!("default={}", agent.socket())])
+        .image();
     let answered = image.file("keys").text();
-    let blob = base64::engine::general_purpose::STANDARD.decode(agent.public()).unwrap();
-    assert!(answered.contains(&hex::encode(blob)), "the answer {answered} names the key");
+    let blob = base64::engine::general_purpose::STANDARD
+        .decode(agent.public())
+        .unwrap();
+    assert!(
+        answered.contains(&hex::encode(blob)),
+        "the answer {answered} names the key"
+    );
     assert!(image.file("where").text().starts_with("/run/buildkit/ssh_agent"));
     assert_eq!(image.file("mode").text(), "600 0\n");
     assert!(!image.has("run/buildkit"));

@@ -21,17 +21,27 @@ pub struct Buildx {
 impl Buildx {
     /// A client whose builder `kiln` is the daemon at `address`.
     pub fn new(which: lab::Client, address: &str) -> Buildx {
-        let home = tempfile::Builder::new().prefix("kiln-home-").tempdir().expect("a home for the client");
-        let buildx = Buildx { program: lab::client(which), home };
-        buildx.run(&["create", "--name", "kiln", "--driver", "remote", "--use", address]).ok();
+        let home = tempfile::Builder::new()
+            .prefix("kiln-home-")
+            .tempdir()
+            .expect("a home for the client");
+        let buildx = Buildx {
+            program: lab::client(which),
+            home,
+        };
+        buildx
+            .run(&["create", "--name", "kiln", "--driver", "remote", "--use", address])
+            .ok();
         buildx
     }
 
     /// Lets the client know a user and a password for a registry.
     pub fn login(&self, host: &str, user: &str, password: &str) -> &Buildx {
         let file = self.home.path().join("config.json");
-        let mut config: Value =
-            std::fs::read(&file).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_else(|| json!({}));
+        let mut config: Value = std::fs::read(&file)
+            .ok()
+            .and_then(|bytes| serde_json::from_slice(&bytes).ok())
+            .unwrap_or_else(|| json!({}));
         let auth = base64::engine::general_purpose::STANDARD.encode(format!("{user}:{password}"));
         config["auths"][host] = json!({"auth": auth});
         std::fs::write(&file, config.to_string()).expect("writing the client's configuration");
@@ -44,8 +54,12 @@ impl Buildx {
         command.args(["--kill-after=5", LIMIT]).arg(&self.program);
         command.env_clear();
         command.env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
-        command.env("HOME", self.home.path()).env("DOCKER_CONFIG", self.home.path());
-        command.env("BUILDX_CONFIG", self.home.path().join("buildx")).env("NO_COLOR", "1");
+        command
+            .env("HOME", self.home.path())
+            .env("DOCKER_CONFIG", self.home.path());
+        command
+            .env("BUILDX_CONFIG", self.home.path().join("buildx"))
+            .env("NO_COLOR", "1");
         command
     }
 
@@ -64,8 +78,18 @@ impl Buildx {
 
     /// A build of a context in the client's own words: a directory, `-`, or an address.
     pub fn build_of(&self, context: &str) -> Build<'_> {
-        let out = tempfile::Builder::new().prefix("kiln-out-").tempdir().expect("a directory for results");
-        Build { buildx: self, args: Vec::new(), context: context.to_owned(), env: Vec::new(), stdin: None, out }
+        let out = tempfile::Builder::new()
+            .prefix("kiln-out-")
+            .tempdir()
+            .expect("a directory for results");
+        Build {
+            buildx: self,
+            args: Vec::new(),
+            context: context.to_owned(),
+            env: Vec::new(),
+            stdin: None,
+            out,
+        }
     }
 }
 
@@ -120,7 +144,11 @@ impl Build<'_> {
     pub fn start(self) -> Running {
         let metadata = self.out.path().join("metadata.json");
         let mut command = self.buildx.command();
-        command.args(["build", "--progress=plain", "--metadata-file"]).arg(&metadata).args(&self.args).arg(&self.context);
+        command
+            .args(["build", "--progress=plain", "--metadata-file"])
+            .arg(&metadata)
+            .args(&self.args)
+            .arg(&self.context);
         for (key, value) in &self.env {
             command.env(key, value);
         }
@@ -153,14 +181,20 @@ impl Build<'_> {
     /// As [`Build::image`], with what the client said.
     pub fn image_and_outcome(self) -> (Image, Outcome) {
         let file = self.out.path().join("image.tar");
-        let outcome = self.arg("--output").arg(format!("type=oci,dest={}", file.display())).ok();
+        let outcome = self
+            .arg("--output")
+            .arg(format!("type=oci,dest={}", file.display()))
+            .ok();
         (Image::open(&file), outcome)
     }
 
     /// Runs the build with an export to a directory, which lives as long as the outcome.
     pub fn local(self) -> (PathBuf, Outcome) {
         let dir = self.out.path().join("tree");
-        let outcome = self.arg("--output").arg(format!("type=local,dest={}", dir.display())).ok();
+        let outcome = self
+            .arg("--output")
+            .arg(format!("type=local,dest={}", dir.display()))
+            .ok();
         (dir, outcome)
     }
 
@@ -194,7 +228,13 @@ impl Running {
         };
         let line = format!("{command:?}");
         let child = command.spawn().unwrap_or_else(|error| panic!("{line}: {error}"));
-        Running { child, said, results: None, line, ended: false }
+        Running {
+            child,
+            said,
+            results: None,
+            line,
+            ended: false,
+        }
     }
 
     fn read(&self, name: &str) -> String {
@@ -215,10 +255,17 @@ impl Running {
             if self.read("stderr").contains(text) {
                 return Some(true);
             }
-            self.child.try_wait().expect("waiting for a child").is_some().then_some(false)
+            self.child
+                .try_wait()
+                .expect("waiting for a child")
+                .is_some()
+                .then_some(false)
         });
         let said = self.read("stderr");
-        assert!(seen == Some(true) || said.contains(text), "the client never reported {text:?}; it said:\n{said}");
+        assert!(
+            seen == Some(true) || said.contains(text),
+            "the client never reported {text:?}; it said:\n{said}"
+        );
     }
 
     /// Sends the client a signal by name; `INT` is what a user's control-C does.

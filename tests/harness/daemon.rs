@@ -85,7 +85,10 @@ impl Daemon {
     }
 
     fn launch(options: Options) -> Daemon {
-        let dir = tempfile::Builder::new().prefix("kiln-").tempdir().expect("a directory for the daemon");
+        let dir = tempfile::Builder::new()
+            .prefix("kiln-")
+            .tempdir()
+            .expect("a directory for the daemon");
         let mirror = Registry::of_lab();
         let mut config = String::new();
         for name in ["docker.io", "gcr.io"] {
@@ -116,9 +119,18 @@ impl Daemon {
         let config = self.dir.path().join("buildkitd.toml");
         std::fs::write(&config, &self.config).expect("writing the configuration");
         let _ = std::fs::remove_file(self.socket());
-        let env: Vec<(&str, &str)> = self.env.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
+        let env: Vec<(&str, &str)> = self
+            .env
+            .iter()
+            .map(|(key, value)| (key.as_str(), value.as_str()))
+            .collect();
         let started = Instant::now();
-        let process = Process::start(&self.program, &self.command_line(&self.state(), &self.socket()), &env, &self.log_path());
+        let process = Process::start(
+            &self.program,
+            &self.command_line(&self.state(), &self.socket()),
+            &env,
+            &self.log_path(),
+        );
         let process = self.process.insert(process);
         let socket = self.dir.path().join("kilnd.sock");
         let up = process::eventually(Duration::from_secs(20), || {
@@ -226,8 +238,14 @@ impl Daemon {
     /// Resident memory in KiB.
     pub fn resident_kib(&self) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.id())).expect("the daemon's status");
-        let line = status.lines().find(|line| line.starts_with("VmRSS:")).expect("a resident size");
-        line.split_whitespace().nth(1).and_then(|number| number.parse().ok()).expect("a number of KiB")
+        let line = status
+            .lines()
+            .find(|line| line.starts_with("VmRSS:"))
+            .expect("a resident size");
+        line.split_whitespace()
+            .nth(1)
+            .and_then(|number| number.parse().ok())
+            .expect("a number of KiB")
     }
 
     /// All processes beneath the daemon, itself not counted.
@@ -237,9 +255,15 @@ impl Daemon {
 
     /// Mount points beneath the daemon's directory, in the daemon's own mount namespace.
     pub fn mounts(&self) -> Vec<String> {
-        let table = std::fs::read_to_string(format!("/proc/{}/mountinfo", self.id())).expect("the daemon's mount table");
+        let table =
+            std::fs::read_to_string(format!("/proc/{}/mountinfo", self.id())).expect("the daemon's mount table");
         let dir = self.dir.path().display().to_string();
-        table.lines().filter_map(|line| line.split(' ').nth(4)).filter(|point| point.starts_with(&dir)).map(str::to_owned).collect()
+        table
+            .lines()
+            .filter_map(|line| line.split(' ').nth(4))
+            .filter(|point| point.starts_with(&dir))
+            .map(str::to_owned)
+            .collect()
     }
 
     /// Whether any file of the state directory contains `needle`; returns the paths that do.
@@ -270,10 +294,17 @@ impl Drop for Daemon {
 pub fn descendants(id: u32) -> Vec<u32> {
     let mut parents = Vec::new();
     for entry in std::fs::read_dir("/proc").expect("/proc").flatten() {
-        let Some(child) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
-        let Ok(stat) = std::fs::read_to_string(entry.path().join("stat")) else { continue };
+        let Some(child) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
+            continue;
+        };
+        let Ok(stat) = std::fs::read_to_string(entry.path().join("stat")) else {
+            continue;
+        };
         // The name in parentheses may contain anything; the parent is the second field after the last one.
-        let parent: Option<u32> = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(1)).and_then(|field| field.parse().ok());
+        let parent: Option<u32> = stat
+            .rsplit_once(')')
+            .and_then(|(_, rest)| rest.split_whitespace().nth(1))
+            .and_then(|field| field.parse().ok());
         if let Some(parent) = parent {
             parents.push((child, parent));
         }
@@ -281,7 +312,12 @@ pub fn descendants(id: u32) -> Vec<u32> {
     let mut found = vec![id];
     let mut next = 0;
     while let Some(&current) = found.get(next) {
-        found.extend(parents.iter().filter(|(_, parent)| *parent == current).map(|(child, _)| *child));
+        found.extend(
+            parents
+                .iter()
+                .filter(|(_, parent)| *parent == current)
+                .map(|(child, _)| *child),
+        );
         next += 1;
     }
     found.split_off(1)

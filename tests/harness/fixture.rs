@@ -24,7 +24,9 @@ impl Fixture {
                 fixture.finish(current.take());
                 let mut words = header.split_whitespace();
                 let path = words.next().expect("a path after ===");
-                let mode = words.next().map_or(0o644, |word| u32::from_str_radix(word, 8).expect("an octal mode"));
+                let mode = words
+                    .next()
+                    .map_or(0o644, |word| u32::from_str_radix(word, 8).expect("an octal mode"));
                 current = Some((path.into(), mode, String::new()));
             } else if let Some((_, _, content)) = &mut current {
                 content.push_str(line);
@@ -38,7 +40,10 @@ impl Fixture {
 
     /// An empty directory.
     pub fn empty() -> Fixture {
-        let dir = tempfile::Builder::new().prefix("kiln-context-").tempdir().expect("a directory for the fixture");
+        let dir = tempfile::Builder::new()
+            .prefix("kiln-context-")
+            .tempdir()
+            .expect("a directory for the fixture");
         Fixture { dir }
     }
 
@@ -59,7 +64,8 @@ impl Fixture {
     fn finish(&self, file: Option<(PathBuf, u32, String)>) {
         if let Some((path, mode, content)) = file {
             self.write(&path, content);
-            std::fs::set_permissions(self.path().join(&path), std::fs::Permissions::from_mode(mode)).expect("setting a mode");
+            std::fs::set_permissions(self.path().join(&path), std::fs::Permissions::from_mode(mode))
+                .expect("setting a mode");
         }
     }
 
@@ -91,7 +97,12 @@ impl Fixture {
     /// Removes a file or a directory with all in it.
     pub fn remove(&self, path: &str) -> &Fixture {
         let full = self.path().join(path);
-        if full.is_dir() { std::fs::remove_dir_all(&full) } else { std::fs::remove_file(&full) }.expect("removing a file");
+        if full.is_dir() {
+            std::fs::remove_dir_all(&full)
+        } else {
+            std::fs::remove_file(&full)
+        }
+        .expect("removing a file");
         self
     }
 
@@ -112,7 +123,10 @@ mod tests {
         assert_eq!(fixture.read("a.txt"), "one\ntwo\n");
         assert_eq!(fixture.read("bin/run"), "#!/bin/sh\n");
         assert_eq!(fixture.read("empty"), "");
-        let mode = std::fs::metadata(fixture.path().join("bin/run")).unwrap().permissions().mode();
+        let mode = std::fs::metadata(fixture.path().join("bin/run"))
+            .unwrap()
+            .permissions()
+            .mode();
         assert_eq!(mode & 0o777, 0o755);
     }
 }

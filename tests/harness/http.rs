@@ -64,27 +64,41 @@ fn serve(stream: &TcpStream, dir: &Path, seen: &Mutex<Vec<String>>) -> std::io::
     let (method, target) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
     seen.lock().expect("the list").push(format!("{method} {target}"));
     let path = target.split('?').next().unwrap_or_default().trim_start_matches('/');
-    let clean = Path::new(path).components().all(|part| matches!(part, Component::Normal(_)));
+    let clean = Path::new(path)
+        .components()
+        .all(|part| matches!(part, Component::Normal(_)));
     let file: PathBuf = dir.join(path);
     let mut out = stream;
     match std::fs::read(&file) {
         Ok(bytes) if clean => {
             let tag = format!("\"{:x}-{}\"", crc(&bytes), bytes.len());
             if known.split(", ").any(|known| known == tag) {
-                return write!(out, "HTTP/1.1 304 Not Modified\r\nETag: {tag}\r\nConnection: close\r\n\r\n");
+                return write!(
+                    out,
+                    "HTTP/1.1 304 Not Modified\r\nETag: {tag}\r\nConnection: close\r\n\r\n"
+                );
             }
             write!(
                 out,
                 "HTTP/1.1 200 OK\r\nContent-Length: {}\r\nETag: {tag}\r\nLast-Modified: Tue, 14 Nov 2023 22:13:20 GMT\r\nConnection: close\r\n\r\n",
                 bytes.len()
             )?;
-            if method == "HEAD" { Ok(()) } else { out.write_all(&bytes) }
+            if method == "HEAD" {
+                Ok(())
+            } else {
+                out.write_all(&bytes)
+            }
         }
-        _ => write!(out, "HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"),
+        _ => write!(
+            out,
+            "HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+        ),
     }
 }
 
 /// Enough of a checksum to notice that a file changed.
 fn crc(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
+    })
 }

@@ -105,14 +105,22 @@ impl Image {
     pub fn open(archive: &Path) -> Image {
         let mut blobs = BTreeMap::new();
         let mut index = None;
-        let file = std::fs::File::open(archive).unwrap_or_else(|error| panic!("opening {}: {error}", archive.display()));
-        for entry in tar::Archive::new(std::io::BufReader::new(file)).entries().expect("an archive") {
+        let file =
+            std::fs::File::open(archive).unwrap_or_else(|error| panic!("opening {}: {error}", archive.display()));
+        for entry in tar::Archive::new(std::io::BufReader::new(file))
+            .entries()
+            .expect("an archive")
+        {
             let mut entry = entry.expect("an entry");
             let path = entry.path().expect("a path").display().to_string();
             let mut bytes = Vec::new();
             entry.read_to_end(&mut bytes).expect("the bytes of an entry");
             if let Some(hex) = path.strip_prefix("blobs/sha256/").filter(|hex| !hex.is_empty()) {
-                assert_eq!(hex::encode(Sha256::digest(&bytes)), hex, "a blob has another digest than its name");
+                assert_eq!(
+                    hex::encode(Sha256::digest(&bytes)),
+                    hex,
+                    "a blob has another digest than its name"
+                );
                 blobs.insert(format!("sha256:{hex}"), bytes);
             } else if path == "index.json" {
                 index = Some(serde_json::from_slice(&bytes).expect("index.json is JSON"));
@@ -127,7 +135,10 @@ impl Image {
     /// As [`Image::open`].
     pub fn open_layout(dir: &Path) -> Image {
         let mut blobs = BTreeMap::new();
-        for entry in std::fs::read_dir(dir.join("blobs/sha256")).expect("a layout has blobs").flatten() {
+        for entry in std::fs::read_dir(dir.join("blobs/sha256"))
+            .expect("a layout has blobs")
+            .flatten()
+        {
             let bytes = std::fs::read(entry.path()).expect("a blob");
             blobs.insert(format!("sha256:{}", entry.file_name().to_string_lossy()), bytes);
         }
@@ -143,7 +154,12 @@ impl Image {
         let mut blobs = BTreeMap::new();
         let first = registry
             .get(&format!("/v2/{repository}/manifests/{reference}"))
-            .unwrap_or_else(|| panic!("the registry has no {repository}:{reference}; its log:\n{}", registry.log()));
+            .unwrap_or_else(|| {
+                panic!(
+                    "the registry has no {repository}:{reference}; its log:\n{}",
+                    registry.log()
+                )
+            });
         let digest = format!("sha256:{}", hex::encode(Sha256::digest(&first)));
         let document: Value = serde_json::from_slice(&first).expect("a JSON manifest");
         let index = serde_json::json!({"manifests": [{
@@ -154,13 +170,22 @@ impl Image {
             let document: Value = serde_json::from_slice(&bytes).unwrap_or(Value::Null);
             for child in document["manifests"].as_array().into_iter().flatten() {
                 let digest = child["digest"].as_str().expect("a digest").to_owned();
-                let bytes = registry.get(&format!("/v2/{repository}/manifests/{digest}")).expect("a manifest the index names");
+                let bytes = registry
+                    .get(&format!("/v2/{repository}/manifests/{digest}"))
+                    .expect("a manifest the index names");
                 todo.push((digest, bytes));
             }
             if document["config"].is_object() {
-                for child in document["layers"].as_array().into_iter().flatten().chain([&document["config"]]) {
+                for child in document["layers"]
+                    .as_array()
+                    .into_iter()
+                    .flatten()
+                    .chain([&document["config"]])
+                {
                     let digest = child["digest"].as_str().expect("a digest").to_owned();
-                    let bytes = registry.get(&format!("/v2/{repository}/blobs/{digest}")).expect("a blob the manifest names");
+                    let bytes = registry
+                        .get(&format!("/v2/{repository}/blobs/{digest}"))
+                        .expect("a blob the manifest names");
                     blobs.insert(digest, bytes);
                 }
             }
@@ -176,7 +201,11 @@ impl Image {
         let mut open: Vec<Value> = array(&index["manifests"]).to_vec();
         while let Some(descriptor) = open.pop() {
             let digest = text(&descriptor["digest"]);
-            assert_eq!(descriptor["size"].as_u64(), Some(blob(&blobs, &digest).len() as u64), "the size of {digest}");
+            assert_eq!(
+                descriptor["size"].as_u64(),
+                Some(blob(&blobs, &digest).len() as u64),
+                "the size of {digest}"
+            );
             let document = json(&digest);
             if document["manifests"].is_array() {
                 open.extend(array(&document["manifests"]).iter().cloned());
@@ -190,13 +219,29 @@ impl Image {
         let (digest, manifest) = images.pop().expect("an image in the index");
         let config = json(&text(&manifest["config"]["digest"]));
         let diff_ids = array(&config["rootfs"]["diff_ids"]);
-        assert_eq!(diff_ids.len(), array(&manifest["layers"]).len(), "as many diff ids as layers");
-        let history = array(&config["history"]).iter().filter(|step| step["empty_layer"] != true).count();
-        assert_eq!(history, diff_ids.len(), "as many steps with a layer in the history as layers: {config:#}");
+        assert_eq!(
+            diff_ids.len(),
+            array(&manifest["layers"]).len(),
+            "as many diff ids as layers"
+        );
+        let history = array(&config["history"])
+            .iter()
+            .filter(|step| step["empty_layer"] != true)
+            .count();
+        assert_eq!(
+            history,
+            diff_ids.len(),
+            "as many steps with a layer in the history as layers: {config:#}"
+        );
         let mut layers = Vec::new();
         for (descriptor, diff_id) in array(&manifest["layers"]).iter().zip(diff_ids) {
             let layer = read_layer(&blobs, descriptor);
-            assert_eq!(diff_id, &Value::String(layer.diff_id.clone()), "the diff id of {}", layer.digest);
+            assert_eq!(
+                diff_id,
+                &Value::String(layer.diff_id.clone()),
+                "the diff id of {}",
+                layer.digest
+            );
             layers.push(layer);
         }
         let tree = merge(&layers);
@@ -207,7 +252,16 @@ impl Image {
                 attestations.insert(text(&statement["predicateType"]), statement);
             }
         }
-        Image { index, digest, manifest, config, layers, tree, attestations, blobs }
+        Image {
+            index,
+            digest,
+            manifest,
+            config,
+            layers,
+            tree,
+            attestations,
+            blobs,
+        }
     }
 
     /// A file of the tree.
@@ -216,7 +270,10 @@ impl Image {
     /// If there is nothing at the path.
     #[track_caller]
     pub fn file(&self, path: &str) -> &Entry {
-        let entry = self.tree.get(path).unwrap_or_else(|| panic!("the image has no {path}; it has {:?}", self.tree.keys()));
+        let entry = self
+            .tree
+            .get(path)
+            .unwrap_or_else(|| panic!("the image has no {path}; it has {:?}", self.tree.keys()));
         match &entry.kind {
             Kind::Hardlink(target) => self.file(target),
             _ => entry,
@@ -230,8 +287,16 @@ impl Image {
 
     /// Paths of all files and links (not directories) at or beneath `dir`, which has no trailing slash; empty means all.
     pub fn files_in(&self, dir: &str) -> Vec<&str> {
-        let beneath = |path: &str| dir.is_empty() || path.strip_prefix(dir).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
-        let files = self.tree.values().filter(|entry| entry.kind != Kind::Directory && beneath(&entry.path));
+        let beneath = |path: &str| {
+            dir.is_empty()
+                || path
+                    .strip_prefix(dir)
+                    .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+        };
+        let files = self
+            .tree
+            .values()
+            .filter(|entry| entry.kind != Kind::Directory && beneath(&entry.path));
         files.map(|entry| entry.path.as_str()).collect()
     }
 
@@ -252,7 +317,12 @@ impl Image {
 
     /// The environment as pairs in their order.
     pub fn env(&self) -> Vec<&str> {
-        self.runtime("Env").as_array().into_iter().flatten().filter_map(Value::as_str).collect()
+        self.runtime("Env")
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter_map(Value::as_str)
+            .collect()
     }
 
     /// Digests of the layers.
@@ -263,12 +333,19 @@ impl Image {
     /// Whether any document or any uncompressed file of any layer contains `needle`.
     pub fn mentions(&self, needle: &[u8]) -> bool {
         self.blobs.values().any(|bytes| contains(bytes, needle))
-            || self.layers.iter().flat_map(|layer| &layer.entries).any(|entry| contains(&entry.bytes, needle))
+            || self
+                .layers
+                .iter()
+                .flat_map(|layer| &layer.entries)
+                .any(|entry| contains(&entry.bytes, needle))
     }
 
     /// The provenance predicate, if one is attached.
     pub fn provenance(&self) -> Option<&Value> {
-        self.attestations.iter().find(|(kind, _)| kind.contains("slsa.dev/provenance")).map(|(_, statement)| &statement["predicate"])
+        self.attestations
+            .iter()
+            .find(|(kind, _)| kind.contains("slsa.dev/provenance"))
+            .map(|(_, statement)| &statement["predicate"])
     }
 
     /// Writes the tree to a directory, so that a program of it can be run. Needs root for owners.
@@ -290,7 +367,10 @@ impl Image {
                     Kind::Hardlink(target) => self.file(target).mode,
                     _ => entry.mode,
                 };
-                let owner = (u32::try_from(entry.uid).expect("a uid"), u32::try_from(entry.gid).expect("a gid"));
+                let owner = (
+                    u32::try_from(entry.uid).expect("a uid"),
+                    u32::try_from(entry.gid).expect("a gid"),
+                );
                 std::os::unix::fs::chown(&path, Some(owner.0), Some(owner.1)).expect("setting the owner");
                 let permissions = std::os::unix::fs::PermissionsExt::from_mode(mode);
                 std::fs::set_permissions(&path, permissions).expect("setting a mode");
@@ -303,7 +383,10 @@ impl Image {
     /// # Panics
     /// If it fails.
     pub fn run(&self, args: &[&str]) -> String {
-        let dir = tempfile::Builder::new().prefix("kiln-run-").tempdir().expect("a directory to run in");
+        let dir = tempfile::Builder::new()
+            .prefix("kiln-run-")
+            .tempdir()
+            .expect("a directory to run in");
         self.unpack(dir.path());
         for name in ["proc", "dev"] {
             std::fs::create_dir_all(dir.path().join(name)).expect("a directory for mounts");
@@ -311,7 +394,11 @@ impl Image {
         for (name, minor) in [("null", "3"), ("zero", "5"), ("urandom", "9")] {
             let path = dir.path().join("dev").join(name);
             if !path.exists() {
-                let made = std::process::Command::new("mknod").args(["-m", "666"]).arg(path).args(["c", "1", minor]).status();
+                let made = std::process::Command::new("mknod")
+                    .args(["-m", "666"])
+                    .arg(path)
+                    .args(["c", "1", minor])
+                    .status();
                 assert!(made.expect("mknod runs").success());
             }
         }
@@ -321,10 +408,27 @@ impl Image {
                 std::os::unix::fs::symlink(format!("/proc/self/fd/{number}"), path).expect("a symbolic link");
             }
         }
-        let workdir = self.runtime("WorkingDir").as_str().filter(|dir| !dir.is_empty()).unwrap_or("/").to_owned();
+        let workdir = self
+            .runtime("WorkingDir")
+            .as_str()
+            .filter(|dir| !dir.is_empty())
+            .unwrap_or("/")
+            .to_owned();
         let mut command = std::process::Command::new("timeout");
-        command.args(["60", "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]);
-        command.arg(format!("--root={}", dir.path().display())).arg(format!("--wd={workdir}")).arg("--").args(args);
+        command.args([
+            "60",
+            "unshare",
+            "--mount",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "--mount-proc",
+        ]);
+        command
+            .arg(format!("--root={}", dir.path().display()))
+            .arg(format!("--wd={workdir}"))
+            .arg("--")
+            .args(args);
         command.env_clear();
         for pair in self.env() {
             if let Some((key, value)) = pair.split_once('=') {
@@ -333,13 +437,20 @@ impl Image {
         }
         let result = command.output().expect("unshare runs");
         let said = String::from_utf8_lossy(&result.stdout).into_owned();
-        assert!(result.status.success(), "{args:?} failed in the image: {said}{}", String::from_utf8_lossy(&result.stderr));
+        assert!(
+            result.status.success(),
+            "{args:?} failed in the image: {said}{}",
+            String::from_utf8_lossy(&result.stderr)
+        );
         said
     }
 }
 
 fn text(value: &Value) -> String {
-    value.as_str().unwrap_or_else(|| panic!("a string where {value} is")).to_owned()
+    value
+        .as_str()
+        .unwrap_or_else(|| panic!("a string where {value} is"))
+        .to_owned()
 }
 
 fn array(value: &Value) -> &[Value] {
@@ -347,28 +458,48 @@ fn array(value: &Value) -> &[Value] {
 }
 
 fn blob<'a>(blobs: &'a BTreeMap<String, Vec<u8>>, digest: &str) -> &'a [u8] {
-    blobs.get(digest).unwrap_or_else(|| panic!("the archive has no blob {digest}; it has {:?}", blobs.keys()))
+    blobs
+        .get(digest)
+        .unwrap_or_else(|| panic!("the archive has no blob {digest}; it has {:?}", blobs.keys()))
 }
 
 fn read_layer(blobs: &BTreeMap<String, Vec<u8>>, descriptor: &Value) -> Layer {
     let digest = text(&descriptor["digest"]);
     let media_type = text(&descriptor["mediaType"]);
     let stored = blob(blobs, &digest);
-    assert_eq!(descriptor["size"].as_u64(), Some(stored.len() as u64), "the size of layer {digest}");
+    assert_eq!(
+        descriptor["size"].as_u64(),
+        Some(stored.len() as u64),
+        "the size of layer {digest}"
+    );
     let mut bytes = Vec::new();
     if stored.starts_with(&[0x1f, 0x8b]) {
-        flate2::read::MultiGzDecoder::new(stored).read_to_end(&mut bytes).expect("a gzip layer");
+        flate2::read::MultiGzDecoder::new(stored)
+            .read_to_end(&mut bytes)
+            .expect("a gzip layer");
     } else if stored.starts_with(&[0x28, 0xb5, 0x2f, 0xfd]) {
-        zstd::Decoder::new(stored).expect("a zstd layer").read_to_end(&mut bytes).expect("a zstd layer");
+        zstd::Decoder::new(stored)
+            .expect("a zstd layer")
+            .read_to_end(&mut bytes)
+            .expect("a zstd layer");
     } else {
         bytes.extend_from_slice(stored);
     }
     let diff_id = format!("sha256:{}", hex::encode(Sha256::digest(&bytes)));
     let mut entries = Vec::new();
-    for entry in tar::Archive::new(bytes.as_slice()).entries().expect("a layer is an archive") {
+    for entry in tar::Archive::new(bytes.as_slice())
+        .entries()
+        .expect("a layer is an archive")
+    {
         entries.push(read_entry(&mut entry.expect("an entry")));
     }
-    Layer { digest, media_type, size: stored.len() as u64, diff_id, entries }
+    Layer {
+        digest,
+        media_type,
+        size: stored.len() as u64,
+        diff_id,
+        entries,
+    }
 }
 
 fn read_entry(entry: &mut tar::Entry<'_, &[u8]>) -> Entry {
@@ -383,7 +514,11 @@ fn read_entry(entry: &mut tar::Entry<'_, &[u8]>) -> Entry {
     let path = entry.path().expect("a path").display().to_string();
     let path = path.trim_start_matches("./").trim_matches('/').to_owned();
     let link = || -> String {
-        let link: PathBuf = entry.link_name().expect("a link name").expect("a link has a target").into_owned();
+        let link: PathBuf = entry
+            .link_name()
+            .expect("a link name")
+            .expect("a link has a target")
+            .into_owned();
         link.display().to_string()
     };
     let kind = match entry.header().entry_type() {
@@ -404,7 +539,17 @@ fn read_entry(entry: &mut tar::Entry<'_, &[u8]>) -> Entry {
     };
     let mut bytes = Vec::new();
     entry.read_to_end(&mut bytes).expect("the bytes of an entry");
-    Entry { path, kind, mode, uid, gid, mtime, size: bytes.len() as u64, bytes, xattrs }
+    Entry {
+        path,
+        kind,
+        mode,
+        uid,
+        gid,
+        mtime,
+        size: bytes.len() as u64,
+        bytes,
+        xattrs,
+    }
 }
 
 /// Lays the layers over each other: whiteouts remove, an opaque mark empties a directory, a later entry replaces.
@@ -416,11 +561,22 @@ fn merge(layers: &[Layer]) -> BTreeMap<String, Entry> {
             let hidden = if name == ".wh..wh..opq" {
                 Some((dir.to_owned(), false))
             } else {
-                name.strip_prefix(".wh.").map(|name| (if dir.is_empty() { name.to_owned() } else { format!("{dir}/{name}") }, true))
+                name.strip_prefix(".wh.").map(|name| {
+                    (
+                        if dir.is_empty() {
+                            name.to_owned()
+                        } else {
+                            format!("{dir}/{name}")
+                        },
+                        true,
+                    )
+                })
             };
             if let Some((path, itself)) = hidden {
                 let inside = format!("{path}/");
-                tree.retain(|key, _| !(key.starts_with(&inside) || (itself && *key == path) || (path.is_empty() && !itself)));
+                tree.retain(|key, _| {
+                    !(key.starts_with(&inside) || (itself && *key == path) || (path.is_empty() && !itself))
+                });
             }
         }
         for entry in &layer.entries {

@@ -18,7 +18,11 @@ pub fn cache() -> PathBuf {
 /// If the images have not been made.
 pub fn registry_data() -> PathBuf {
     let dir = cache().join("registry");
-    assert!(dir.is_dir(), "the lab has no base images at {}: run `tests/lab/images` (make e2e does)", dir.display());
+    assert!(
+        dir.is_dir(),
+        "the lab has no base images at {}: run `tests/lab/images` (make e2e does)",
+        dir.display()
+    );
     dir
 }
 
@@ -47,7 +51,10 @@ pub fn client(which: Client) -> PathBuf {
     };
     let stamp = cache().join(format!("buildx.{suite}"));
     let version = std::fs::read_to_string(&stamp).unwrap_or_else(|error| {
-        panic!("no docker-buildx in the lab ({}: {error}): run `tests/lab/install` (make e2e does)", stamp.display())
+        panic!(
+            "no docker-buildx in the lab ({}: {error}): run `tests/lab/install` (make e2e does)",
+            stamp.display()
+        )
     });
     let path = cache().join(format!("buildx-{}", version.trim())).join("docker-buildx");
     assert!(path.is_file(), "{} is missing: run `tests/lab/install`", path.display());
@@ -61,7 +68,11 @@ pub fn client(which: Client) -> PathBuf {
 pub fn daemon() -> PathBuf {
     if let Some(path) = std::env::var_os("KILN_E2E_DAEMON") {
         let path = PathBuf::from(path);
-        assert!(path.is_file(), "KILN_E2E_DAEMON names {}, which is no file", path.display());
+        assert!(
+            path.is_file(),
+            "KILN_E2E_DAEMON names {}, which is no file",
+            path.display()
+        );
         return path;
     }
     program("kilnd")
@@ -85,11 +96,18 @@ pub fn program(name: &str) -> PathBuf {
         .or_else(|| exe.parent())
         .expect("a directory above the running program");
     let path = profile.join(name);
-    assert!(path.is_file(), "{} is not built: run `cargo build -p {name}` first (make e2e does)", path.display());
+    assert!(
+        path.is_file(),
+        "{} is not built: run `cargo build -p {name}` first (make e2e does)",
+        path.display()
+    );
     path
 }
 
 /// The root of the source tree.
 pub fn source_root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ lies in the source tree").to_owned()
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .expect("tests/ lies in the source tree")
+        .to_owned()
 }

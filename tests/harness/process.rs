@@ -42,19 +42,32 @@ impl Process {
     /// # Panics
     /// If it cannot be started.
     pub fn start(program: &Path, args: &[String], env: &[(&str, &str)], log: &Path) -> Process {
-        let output = File::options().create(true).append(true).open(log).expect("the log file");
+        let output = File::options()
+            .create(true)
+            .append(true)
+            .open(log)
+            .expect("the log file");
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL", "--"]).arg(program).args(args);
         for (key, value) in env {
             command.env(key, value);
         }
-        command.stdin(Stdio::null()).stdout(output.try_clone().expect("a second handle")).stderr(output);
+        command
+            .stdin(Stdio::null())
+            .stdout(output.try_clone().expect("a second handle"))
+            .stderr(output);
         let (answer, child) = channel();
-        spawner().send((command, answer)).expect("the spawner lives as long as the program");
+        spawner()
+            .send((command, answer))
+            .expect("the spawner lives as long as the program");
         let child = child.recv().expect("the spawner answers").unwrap_or_else(|error| {
             panic!("{} cannot be started: {error}", program.display());
         });
-        Process { child, log: log.to_owned(), ended: None }
+        Process {
+            child,
+            log: log.to_owned(),
+            ended: None,
+        }
     }
 
     /// The process id.
@@ -117,7 +130,10 @@ impl Drop for Process {
 
 /// Sends a signal by name to a process.
 pub fn signal(id: u32, name: &str) {
-    let _ = Command::new("kill").args(["-s", name, &id.to_string()]).stderr(Stdio::null()).status();
+    let _ = Command::new("kill")
+        .args(["-s", name, &id.to_string()])
+        .stderr(Stdio::null())
+        .status();
 }
 
 /// Looks every few milliseconds whether `probe` has an answer, at most for `limit`.
@@ -140,8 +156,12 @@ pub fn eventually<T>(limit: Duration, mut probe: impl FnMut() -> Option<T>) -> O
 pub fn running_with(part: &str) -> Vec<u32> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir("/proc").expect("/proc").flatten() {
-        let Some(id) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
-        let Ok(line) = std::fs::read(entry.path().join("cmdline")) else { continue };
+        let Some(id) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
+            continue;
+        };
+        let Ok(line) = std::fs::read(entry.path().join("cmdline")) else {
+            continue;
+        };
         let line = String::from_utf8_lossy(&line).replace('\0', " ");
         if id != std::process::id() && line.contains(part) {
             found.push(id);

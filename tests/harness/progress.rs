@@ -31,14 +31,22 @@ impl Progress {
     pub fn parse(text: &str) -> Progress {
         let mut progress = Progress::default();
         for line in text.lines() {
-            let Some((number, rest)) = line.strip_prefix('#').and_then(|line| line.split_once(' ')) else { continue };
+            let Some((number, rest)) = line.strip_prefix('#').and_then(|line| line.split_once(' ')) else {
+                continue;
+            };
             let Ok(number) = number.parse::<u32>() else { continue };
             let index = progress.steps.iter().position(|step| step.number == number);
             let Some(index) = index else {
-                progress.steps.push(Step { number, name: rest.to_owned(), ..Step::default() });
+                progress.steps.push(Step {
+                    number,
+                    name: rest.to_owned(),
+                    ..Step::default()
+                });
                 continue;
             };
-            let Some(step) = progress.steps.get_mut(index) else { continue };
+            let Some(step) = progress.steps.get_mut(index) else {
+                continue;
+            };
             if rest == "CACHED" {
                 step.cached = true;
                 step.done = true;
@@ -71,7 +79,8 @@ impl Progress {
     /// If there is none.
     #[track_caller]
     pub fn step(&self, part: &str) -> &Step {
-        self.find(part).unwrap_or_else(|| panic!("no step is called {part:?}, but {:#?}", self.names()))
+        self.find(part)
+            .unwrap_or_else(|| panic!("no step is called {part:?}, but {:#?}", self.names()))
     }
 
     /// Whether the step whose name contains `part` came from the cache.
@@ -84,9 +93,18 @@ impl Progress {
     /// has the name of the step that uses the answer; if that one is cached, nothing was executed.
     pub fn executed(&self) -> Vec<&str> {
         let work = |step: &&Step| {
-            let inside = step.name.strip_prefix('[').and_then(|name| name.split(']').next()).unwrap_or_default();
-            let numbered = inside.split_whitespace().last().is_some_and(|word| word.contains('/') && !inside.starts_with("internal"));
-            numbered && !step.name.contains("] FROM ") && !self.steps.iter().any(|other| other.name == step.name && other.cached)
+            let inside = step
+                .name
+                .strip_prefix('[')
+                .and_then(|name| name.split(']').next())
+                .unwrap_or_default();
+            let numbered = inside
+                .split_whitespace()
+                .last()
+                .is_some_and(|word| word.contains('/') && !inside.starts_with("internal"));
+            numbered
+                && !step.name.contains("] FROM ")
+                && !self.steps.iter().any(|other| other.name == step.name && other.cached)
         };
         self.steps.iter().filter(work).map(|step| step.name.as_str()).collect()
     }
@@ -98,11 +116,14 @@ impl Progress {
 
     /// All output of steps.
     pub fn log(&self) -> String {
-        self.steps.iter().flat_map(|step| step.log.iter()).fold(String::new(), |mut all, line| {
-            all.push_str(line);
-            all.push('\n');
-            all
-        })
+        self.steps
+            .iter()
+            .flat_map(|step| step.log.iter())
+            .fold(String::new(), |mut all, line| {
+                all.push_str(line);
+                all.push('\n');
+                all
+            })
     }
 }
 
@@ -120,6 +141,9 @@ mod tests {
         assert_eq!(progress.step("RUN echo").log, ["hi"]);
         assert_eq!(progress.step("RUN echo").seconds, Some(0.2));
         assert_eq!(progress.step("COPY").error.as_deref(), Some("no such file"));
-        assert_eq!(progress.executed(), ["[build 2/2] RUN echo hi", "[stage-1 1/1] COPY a b"]);
+        assert_eq!(
+            progress.executed(),
+            ["[build 2/2] RUN echo hi", "[stage-1 1/1] COPY a b"]
+        );
     }
 }

@@ -20,7 +20,9 @@ pub fn redact(text: &str) -> String {
         .map(|(pattern, name)| (Regex::new(pattern).expect("a valid pattern"), name))
         .collect()
     });
-    rules.iter().fold(text.to_owned(), |text, (pattern, name)| pattern.replace_all(&text, *name).into_owned())
+    rules.iter().fold(text.to_owned(), |text, (pattern, name)| {
+        pattern.replace_all(&text, *name).into_owned()
+    })
 }
 
 #[cfg(test)]
@@ -30,6 +32,9 @@ mod tests {
     #[test]
     fn what_differs_goes() {
         let text = "#3 0.123 hi\n#3 DONE 1.2s\n#4 transferring context: 12.3kB done at /tmp/kiln-ab12/x";
-        assert_eq!(redact(text), "#3 <time> hi\n#3 DONE <time>\n#4 transferring context: <size> done at <dir>/x");
+        assert_eq!(
+            redact(text),
+            "#3 <time> hi\n#3 DONE <time>\n#4 transferring context: <size> done at <dir>/x"
+        );
     }
 }

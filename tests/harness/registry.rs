@@ -47,7 +47,10 @@ impl Registry {
     }
 
     fn launch(shared: Option<&Path>, guard: Guard<'_>) -> Registry {
-        let dir = tempfile::Builder::new().prefix("kiln-registry-").tempdir().expect("a directory for the registry");
+        let dir = tempfile::Builder::new()
+            .prefix("kiln-registry-")
+            .tempdir()
+            .expect("a directory for the registry");
         let data = shared.map_or_else(|| dir.path().join("data"), Path::to_owned);
         let mut config = format!(
             "version: 0.1\nlog:\n  level: info\nstorage:\n  filesystem:\n    rootdirectory: {}\n  delete:\n    enabled: true\n",
@@ -90,12 +93,23 @@ impl Registry {
         let host = process::eventually(Duration::from_secs(20), || {
             let text = process.log();
             let host = text.split("listening on ").nth(1).map(|rest| {
-                rest.chars().take_while(|c| c.is_ascii_digit() || matches!(c, '.' | ':')).collect::<String>()
+                rest.chars()
+                    .take_while(|c| c.is_ascii_digit() || matches!(c, '.' | ':'))
+                    .collect::<String>()
             });
             host.map(Some).or_else(|| (!process.running()).then_some(None))
         });
-        let host = host.flatten().unwrap_or_else(|| panic!("the registry does not listen; it said:\n{}", process.log()));
-        Registry { process, host, data, credentials, tokens, _dir: dir }
+        let host = host
+            .flatten()
+            .unwrap_or_else(|| panic!("the registry does not listen; it said:\n{}", process.log()));
+        Registry {
+            process,
+            host,
+            data,
+            credentials,
+            tokens,
+            _dir: dir,
+        }
     }
 
     /// `127.0.0.1:port`, the registry's name in image references.
@@ -116,12 +130,18 @@ impl Registry {
     /// How many requests of the form `METHOD /v2/…part…` were made.
     pub fn requests(&self, method: &str, part: &str) -> usize {
         let start = format!("\"{method} /v2/");
-        self.log().lines().filter(|line| line.contains(&start) && line.contains(part)).count()
+        self.log()
+            .lines()
+            .filter(|line| line.contains(&start) && line.contains(part))
+            .count()
     }
 
     /// What the token server was asked for, one scope list for each token.
     pub fn scopes(&self) -> Vec<String> {
-        self.tokens.as_ref().map(|server| server.asked.lock().expect("the list").clone()).unwrap_or_default()
+        self.tokens
+            .as_ref()
+            .map(|server| server.asked.lock().expect("the list").clone())
+            .unwrap_or_default()
     }
 
     /// A document of the registry, or none if there is no such thing.
@@ -130,14 +150,21 @@ impl Registry {
         command.args(["-sfL", "-H", "Accept: application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json, application/vnd.docker.distribution.manifest.v2+json, */*"]);
         if let Some((user, password)) = &self.credentials {
             if self.tokens.is_some() {
-                let repository = path.trim_start_matches("/v2/").split("/manifests/").next().and_then(|p| p.split("/blobs/").next());
+                let repository = path
+                    .trim_start_matches("/v2/")
+                    .split("/manifests/")
+                    .next()
+                    .and_then(|p| p.split("/blobs/").next());
                 let token = self.mint(repository.unwrap_or_default());
                 command.args(["-H", &format!("Authorization: Bearer {token}")]);
             } else {
                 command.args(["-u", &format!("{user}:{password}")]);
             }
         }
-        let result = command.arg(format!("http://{}{path}", self.host)).output().expect("curl runs");
+        let result = command
+            .arg(format!("http://{}{path}", self.host))
+            .output()
+            .expect("curl runs");
         result.status.success().then_some(result.stdout)
     }
 
@@ -146,19 +173,27 @@ impl Registry {
     /// # Panics
     /// If there is no such thing.
     pub fn json(&self, path: &str) -> Value {
-        let bytes = self.get(path).unwrap_or_else(|| panic!("the registry has no {path}; its log:\n{}", self.log()));
+        let bytes = self
+            .get(path)
+            .unwrap_or_else(|| panic!("the registry has no {path}; its log:\n{}", self.log()));
         serde_json::from_slice(&bytes).expect("a JSON document")
     }
 
     fn mint(&self, repository: &str) -> String {
         let server = self.tokens.as_ref().expect("a token server");
-        server.signer.token(&[json!({"type": "repository", "name": repository, "actions": ["pull", "push"]})])
+        server
+            .signer
+            .token(&[json!({"type": "repository", "name": repository, "actions": ["pull", "push"]})])
     }
 
     /// The file that holds a blob.
     pub fn blob_file(&self, digest: &str) -> PathBuf {
         let hex = digest.trim_start_matches("sha256:");
-        self.data.join("docker/registry/v2/blobs/sha256").join(&hex[..2]).join(hex).join("data")
+        self.data
+            .join("docker/registry/v2/blobs/sha256")
+            .join(&hex[..2])
+            .join(hex)
+            .join("data")
     }
 
     /// Ends the registry now.
@@ -185,28 +220,57 @@ impl Signer {
         let (key, certificate) = (dir.join("token.key"), dir.join("token.crt"));
         output(
             Command::new("openssl")
-                .args(["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=kiln-lab", "-keyout"])
+                .args([
+                    "req",
+                    "-x509",
+                    "-newkey",
+                    "rsa:2048",
+                    "-nodes",
+                    "-days",
+                    "2",
+                    "-subj",
+                    "/CN=kiln-lab",
+                    "-keyout",
+                ])
                 .arg(&key)
                 .arg("-out")
                 .arg(&certificate)
                 .stderr(Stdio::null()),
         );
-        let der = output(Command::new("openssl").args(["x509", "-outform", "DER", "-in"]).arg(&certificate));
-        Signer { dir: dir.to_owned(), certificate: STANDARD.encode(der) }
+        let der = output(
+            Command::new("openssl")
+                .args(["x509", "-outform", "DER", "-in"])
+                .arg(&certificate),
+        );
+        Signer {
+            dir: dir.to_owned(),
+            certificate: STANDARD.encode(der),
+        }
     }
 
     fn token(&self, access: &[Value]) -> String {
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).expect("a time after 1970").as_secs();
+        let now = SystemTime::now()
+            .duration_since(SystemTime::UNIX_EPOCH)
+            .expect("a time after 1970")
+            .as_secs();
         let header = json!({"typ": "JWT", "alg": "RS256", "x5c": [self.certificate]});
         let claims = json!({
             "iss": "kiln-lab", "sub": "tester", "aud": "kiln-lab", "exp": now + 300, "nbf": now - 10, "iat": now,
             "jti": format!("{now}-{}", access.len()), "access": access,
         });
-        let text = format!("{}.{}", URL_SAFE_NO_PAD.encode(header.to_string()), URL_SAFE_NO_PAD.encode(claims.to_string()));
+        let text = format!(
+            "{}.{}",
+            URL_SAFE_NO_PAD.encode(header.to_string()),
+            URL_SAFE_NO_PAD.encode(claims.to_string())
+        );
         let file = tempfile::NamedTempFile::new_in(&self.dir).expect("a file to sign");
         std::fs::write(file.path(), &text).expect("writing what is to be signed");
-        let signature =
-            output(Command::new("openssl").args(["dgst", "-sha256", "-sign"]).arg(self.dir.join("token.key")).arg(file.path()));
+        let signature = output(
+            Command::new("openssl")
+                .args(["dgst", "-sha256", "-sign"])
+                .arg(self.dir.join("token.key"))
+                .arg(file.path()),
+        );
         format!("{text}.{}", URL_SAFE_NO_PAD.encode(signature))
     }
 }
@@ -241,7 +305,13 @@ impl TokenServer {
     }
 }
 
-fn answer(stream: &TcpStream, signer: &Signer, asked: &Mutex<Vec<String>>, expected: &str, allowed: &str) -> std::io::Result<()> {
+fn answer(
+    stream: &TcpStream,
+    signer: &Signer,
+    asked: &Mutex<Vec<String>>,
+    expected: &str,
+    allowed: &str,
+) -> std::io::Result<()> {
     stream.set_read_timeout(Some(Duration::from_secs(10)))?;
     let mut reader = BufReader::new(stream);
     let mut request = String::new();
@@ -279,18 +349,28 @@ fn answer(stream: &TcpStream, signer: &Signer, asked: &Mutex<Vec<String>>, expec
         .collect();
     asked.lock().expect("the list").push(scopes.join(" "));
     if !authorization.is_empty() && authorization != expected {
-        return reply("401 Unauthorized", r#"{"details":"incorrect username or password"}"#.into());
+        return reply(
+            "401 Unauthorized",
+            r#"{"details":"incorrect username or password"}"#.into(),
+        );
     }
     let mut access = Vec::new();
     for scope in &scopes {
         let mut parts = scope.splitn(3, ':');
-        let (kind, name, actions) = (parts.next(), parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
+        let (kind, name, actions) = (
+            parts.next(),
+            parts.next().unwrap_or_default(),
+            parts.next().unwrap_or_default(),
+        );
         if authorization == expected && kind == Some("repository") && name.starts_with(allowed) {
             access.push(json!({"type": "repository", "name": name, "actions": actions.split(',').collect::<Vec<_>>()}));
         }
     }
     let token = signer.token(&access);
-    reply("200 OK", json!({"token": token, "access_token": token, "expires_in": 300}).to_string())
+    reply(
+        "200 OK",
+        json!({"token": token, "access_token": token, "expires_in": 300}).to_string(),
+    )
 }
 
 /// Undoes the escapes of a query value.
@@ -324,7 +404,11 @@ fn find(name: &str) -> PathBuf {
 
 fn output(command: &mut Command) -> Vec<u8> {
     let result = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
-    assert!(result.status.success(), "{command:?} failed: {}", String::from_utf8_lossy(&result.stderr));
+    assert!(
+        result.status.success(),
+        "{command:?} failed: {}",
+        String::from_utf8_lossy(&result.stderr)
+    );
     result.stdout
 }
 

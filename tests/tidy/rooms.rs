@@ -18,7 +18,10 @@ const TABLE: &[(&str, &str)] = &[
     ("kiln-registry", "oci"),
     ("kiln-worker", "solver llb store executor session registry oci fs match"),
     ("kiln-exporter", "store session registry oci"),
-    ("kilnd", "proto oci fs match llb frontend solver store executor session registry worker exporter"),
+    (
+        "kilnd",
+        "proto oci fs match llb frontend solver store executor session registry worker exporter",
+    ),
     ("kiln", "proto session"),
     ("kiln-e2e", ""),
 ];
@@ -30,23 +33,45 @@ const HOMES: &[(&str, &[&str])] = &[
     ("nix", &["kiln-executor", "kiln-store", "kiln-fs", "kilnd", "kiln"]),
     ("seccompiler", &["kiln-executor"]),
     ("reqwest", &["kiln-registry", "kiln-worker"]),
-    ("tokio", &[
-        "kiln-proto", "kiln-solver", "kiln-store", "kiln-executor", "kiln-session", "kiln-registry", "kiln-worker", "kiln-exporter",
-        "kilnd", "kiln",
-    ]),
+    (
+        "tokio",
+        &[
+            "kiln-proto",
+            "kiln-solver",
+            "kiln-store",
+            "kiln-executor",
+            "kiln-session",
+            "kiln-registry",
+            "kiln-worker",
+            "kiln-exporter",
+            "kilnd",
+            "kiln",
+        ],
+    ),
 ];
 
 /// Direct dependencies of each package of the workspace, those of tests left out.
 fn dependencies() -> BTreeMap<String, Vec<String>> {
     let manifest = concat!(env!("CARGO_MANIFEST_DIR"), "/../Cargo.toml");
     let mut command = MetadataCommand::new();
-    command.manifest_path(manifest).no_deps().features(CargoOpt::AllFeatures).other_options(vec!["--offline".to_owned()]);
+    command
+        .manifest_path(manifest)
+        .no_deps()
+        .features(CargoOpt::AllFeatures)
+        .other_options(vec!["--offline".to_owned()]);
     let metadata = command.exec().expect("cargo metadata");
     let own = |package: &cargo_metadata::Package| {
-        let direct = package.dependencies.iter().filter(|dependency| dependency.kind == DependencyKind::Normal);
+        let direct = package
+            .dependencies
+            .iter()
+            .filter(|dependency| dependency.kind == DependencyKind::Normal);
         direct.map(|dependency| dependency.name.clone()).collect::<Vec<_>>()
     };
-    metadata.packages.iter().map(|package| (package.name.to_string(), own(package))).collect()
+    metadata
+        .packages
+        .iter()
+        .map(|package| (package.name.to_string(), own(package)))
+        .collect()
 }
 
 #[test]
@@ -55,11 +80,15 @@ fn rooms_know_only_whom_the_table_names() {
     let mut wrong = Vec::new();
     for (package, dependencies) in &found {
         let Some((_, allowed)) = TABLE.iter().find(|(name, _)| name == package) else {
-            wrong.push(format!("{package} is in no table: say in tests/tidy/rooms.rs whom it may know"));
+            wrong.push(format!(
+                "{package} is in no table: say in tests/tidy/rooms.rs whom it may know"
+            ));
             continue;
         };
         for dependency in dependencies {
-            let Some(room) = dependency.strip_prefix("kiln-") else { continue };
+            let Some(room) = dependency.strip_prefix("kiln-") else {
+                continue;
+            };
             if !allowed.split(' ').any(|allowed| allowed == room) {
                 wrong.push(format!("{package} depends on {dependency}"));
             }
@@ -79,8 +108,14 @@ fn the_table_has_no_cycle() {
     for (index, (package, allowed)) in TABLE.iter().enumerate() {
         for room in allowed.split(' ').filter(|room| !room.is_empty()) {
             let name = format!("kiln-{room}");
-            let below = TABLE.iter().position(|(other, _)| *other == name).expect("a known room");
-            assert!(below < index || package == &"kilnd", "{package} and {name} are in the wrong order");
+            let below = TABLE
+                .iter()
+                .position(|(other, _)| *other == name)
+                .expect("a known room");
+            assert!(
+                below < index || package == &"kilnd",
+                "{package} and {name} are in the wrong order"
+            );
         }
     }
 }

@@ -1,3 +1,5 @@
+//! One suite for every index store.
+
 use std::collections::BTreeMap;
 
 use proptest::prelude::*;
