@@ -1,6 +1,6 @@
 //! What builds may rely on: sharing, cancellation, laziness, errors, progress.
 
-#[allow(clippy::unwrap_used, reason = "a test")]
+
 mod support;
 
 use std::sync::Arc;

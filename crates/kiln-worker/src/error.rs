@@ -6,11 +6,16 @@ use std::fmt;
 use kiln_executor::ExecError;
 use kiln_registry::{RegistryError, error as registry};
 use kiln_session::{SessionError, SessionErrorKind};
-use kiln_solver::{ErrorKind, WorkerError};
+use kiln_solver::{ErrorKind, ExecFailure, WorkerError};
 use kiln_store::StoreError;
+
+use crate::key::KeyError;
 
 /// Result of an operation.
 pub type Result<T, E = OpError> = std::result::Result<T, E>;
+
+/// What an operation answers: besides its own failure it may find an input lost.
+pub type OpResult<T> = Result<T, ExecFailure<OpError>>;
 
 type Cause = Box<dyn Error + Send + Sync>;
 
@@ -117,7 +122,26 @@ impl From<StoreError> for OpError {
         if kind == ErrorKind::Canceled {
             return Self::canceled().because(error);
         }
-        Self { not_found, ..Self::new(kind, error.to_string()).because(error) }
+        // What one client cannot provide, another one perhaps can.
+        let personal = is_provided(&error);
+        Self { not_found, personal, ..Self::new(kind, error.to_string()).because(error) }
+    }
+}
+
+fn is_provided(error: &StoreError) -> bool {
+    match error {
+        StoreError::Shared(inner) => is_provided(inner),
+        StoreError::Provider { .. } | StoreError::BlobUnavailable { .. } => true,
+        _ => false,
+    }
+}
+
+/// Whether the store says that a value is gone and nobody at hand can bring it back: the solver then makes it again.
+pub(crate) fn is_lost(error: &StoreError) -> bool {
+    match error {
+        StoreError::Shared(inner) => is_lost(inner),
+        StoreError::BlobUnavailable { .. } | StoreError::NotFound { .. } => true,
+        _ => false,
     }
 }
 
@@ -165,5 +189,20 @@ impl From<ExecError> for OpError {
         let user = error.is_exec() || matches!(error, ExecError::Invalid(_));
         let kind = if user { ErrorKind::User } else { ErrorKind::Internal };
         Self::new(kind, error.to_string()).because(error)
+    }
+}
+
+impl From<KeyError> for OpError {
+    fn from(error: KeyError) -> Self {
+        Self::user(error.to_string()).because(error)
+    }
+}
+
+impl From<tokio::task::JoinError> for OpError {
+    fn from(error: tokio::task::JoinError) -> Self {
+        if error.is_cancelled() {
+            return Self::canceled().because(error);
+        }
+        Self::internal(format!("a task of the worker died: {error}")).because(error)
     }
 }

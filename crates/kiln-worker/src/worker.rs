@@ -6,9 +6,9 @@ use std::sync::Arc;
 use kiln_executor::Executor;
 use kiln_llb::Vertex;
 use kiln_oci::Platform;
-use kiln_session::SessionManager;
-use kiln_solver::{Op, Worker};
-use kiln_store::{LayerRef, Store};
+use kiln_session::{Session, SessionError, SessionId, SessionManager};
+use kiln_solver::{Op, OpContext, Worker};
+use kiln_store::{LayerRef, Store, Tenant};
 
 use crate::client::Client;
 use crate::error::{OpError, Result};
@@ -111,6 +111,26 @@ impl LlbWorker {
     pub fn store(&self) -> &Arc<Store> {
         &self.shared.store
     }
+
+    /// The open sessions.
+    pub fn sessions(&self) -> &SessionManager {
+        &self.shared.sessions
+    }
+
+    /// Makes a call on a session of any client that waits for an operation; the first that succeeds counts.
+    pub async fn any_session<T, F, Fut>(&self, cx: &OpContext<Self>, call: F) -> Result<T, SessionError>
+    where
+        F: FnMut(Session) -> Fut,
+        Fut: Future<Output = Result<T, SessionError>>,
+    {
+        let mut group: Vec<SessionId> = Vec::new();
+        for client in cx.clients() {
+            if !group.contains(&client.session) {
+                group.push(client.session.clone());
+            }
+        }
+        self.sessions().any(&group, call).await
+    }
 }
 
 impl Worker for LlbWorker {
@@ -119,6 +139,11 @@ impl Worker for LlbWorker {
     type Client = Client;
 
     fn op(&self, vertex: &Arc<Vertex>) -> Result<Arc<dyn Op<Self>>> {
-        op::op(&self.shared, vertex)
+        op::op(self, vertex)
     }
+}
+
+/// The store's name for a tenant.
+pub fn store_tenant(tenant: &kiln_solver::Tenant) -> Result<Tenant> {
+    Ok(Tenant::new(tenant.as_str())?)
 }

@@ -1,25 +1,56 @@
-//! The operations, one file each.
+//! The operations, one file per kind: each is keyed by [`crate::key`] and carried out here.
+
+pub mod build;
+pub mod diff;
+pub mod exec;
+pub mod file;
+pub mod merge;
+pub mod passthrough;
+pub mod source;
 
 pub mod exec;
 
 use std::sync::Arc;
 
 use kiln_llb::{Op as LlbOp, Vertex};
-use kiln_solver::Op;
+use kiln_oci::Digest;
+use kiln_solver::{CacheMap, Op, OpContext};
+use kiln_store::LayerRef;
 
-use crate::error::{OpError, Result};
-use crate::worker::{LlbWorker, Shared};
+use crate::content;
+use crate::error::{OpResult, Result};
+use crate::key::OpKey;
+use crate::layers;
+use crate::worker::LlbWorker;
 
 /// The operation behind a vertex.
-pub(crate) fn op(_shared: &Arc<Shared>, vertex: &Arc<Vertex>) -> Result<Arc<dyn Op<LlbWorker>>> {
-    // Each room member adds the arm of its operation.
-    match &vertex.op {
-        LlbOp::Exec(_) => Err(OpError::user("exec operations are not available")),
-        LlbOp::File(_) => Err(OpError::user("file operations are not available")),
-        LlbOp::Merge(_) => Err(OpError::user("merge operations are not available")),
-        LlbOp::Diff(_) => Err(OpError::user("diff operations are not available")),
-        LlbOp::Passthrough(_) => Err(OpError::user("passthrough operations are not available")),
-        LlbOp::Source(_) => Err(OpError::user("source operations are not available")),
-        LlbOp::Build(_) => Err(OpError::user("build operations are not available")),
-    }
+pub(crate) fn op(worker: &LlbWorker, vertex: &Arc<Vertex>) -> Result<Arc<dyn Op<LlbWorker>>> {
+    let (worker, vertex) = (worker.clone(), Arc::clone(vertex));
+    Ok(match &vertex.op {
+        LlbOp::Exec(_) => Arc::new(exec::ExecOperation::new(worker, vertex)?),
+        LlbOp::Source(_) => Arc::new(source::SourceOperation::new(worker, vertex)?),
+        LlbOp::File(_) => Arc::new(file::FileOperation::new(worker, vertex)?),
+        LlbOp::Merge(_) => Arc::new(merge::MergeOperation::new(worker, vertex)?),
+        LlbOp::Diff(_) => Arc::new(diff::DiffOperation::new(worker, vertex)?),
+        LlbOp::Passthrough(_) => Arc::new(passthrough::PassthroughOperation::new(vertex)?),
+        LlbOp::Build(_) => Arc::new(build::BuildOperation::new(worker, vertex)?),
+    })
+}
+
+/// The solver's view of a key.
+pub(crate) fn cache_map(key: &OpKey) -> CacheMap {
+    CacheMap { keys: vec![key.digest], subject: key.subject.clone(), deps: key.deps.clone(), transient: false }
+}
+
+/// Digest of what an input holds where `key` looks.
+pub(crate) async fn content_digest(
+    worker: &LlbWorker,
+    key: &OpKey,
+    input: usize,
+    value: Option<&LayerRef>,
+    cx: &OpContext<LlbWorker>,
+) -> OpResult<Digest> {
+    let selectors = key.selectors.get(input).cloned().unwrap_or_default();
+    let view = layers::realize_input(worker, cx, input, value).await?;
+    Ok(layers::blocking(move |stop| content::digest(&view, &selectors, stop)).await?)
 }
