@@ -18,8 +18,15 @@ pub(crate) fn realize_ctx(cx: &OpContext<LlbWorker>) -> RealizeCtx {
 }
 
 pub(crate) fn realize_ctx_of(clients: &[Arc<Client>], own: &Reporter) -> RealizeCtx {
-    let observer = LayerProgress { own: own.clone(), clients: clients.to_vec(), open: Mutex::default() };
-    RealizeCtx { providers: providers_of(clients), observer: Some(Arc::new(observer)) }
+    let observer = LayerProgress {
+        own: own.clone(),
+        clients: clients.to_vec(),
+        open: Mutex::default(),
+    };
+    RealizeCtx {
+        providers: providers_of(clients),
+        observer: Some(Arc::new(observer)),
+    }
 }
 
 /// The files of input `index`.
@@ -75,8 +82,15 @@ impl LayerProgress {
                 }
                 None => (self.own.clone(), None),
             };
-            let id = if extracting { format!("extracting {blob}") } else { blob.to_string() };
-            Part { status: reporter.status(id), _vertex: vertex }
+            let id = if extracting {
+                format!("extracting {blob}")
+            } else {
+                blob.to_string()
+            };
+            Part {
+                status: reporter.status(id),
+                _vertex: vertex,
+            }
         });
         if let Some((current, total)) = progress {
             let number = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
@@ -85,7 +99,11 @@ impl LayerProgress {
     }
 
     fn done(&self, blob: Digest, extracting: bool) {
-        let part = self.open.lock().unwrap_or_else(PoisonError::into_inner).remove(&(blob, extracting));
+        let part = self
+            .open
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&(blob, extracting));
         drop(part);
     }
 }

@@ -1,25 +1,31 @@
 //! How each operation is keyed and carried out on this machine.
 //!
-//! Tour: [`worker`] is what all operations share and which does what; [`key`] is the byte-exact part, what makes two
-//! operations the same; `op` has the operations; [`read`] looks into results for frontends; [`client`] is what a build
-//! brings along; [`error`] says why an operation failed.
+//! Tour: [`worker`] is what all operations share, [`client`] what a build brings along. [`key`] is the byte-exact part,
+//! what makes two operations the same; `content` is the digest of what an input holds. [`op`] has the operations and
+//! [`source`] the places where things come from, one file per kind; `mounts`, `cache_mounts`, `snapshot` and
+//! `surroundings` are what a process sees. `layers` leads from a result to its bytes, [`read`] looks into results for
+//! frontends. [`error`] says why an operation failed.
 //!
 //! Absent on purpose: when and whether an operation runs (the solver decides), the layout of bytes on disk (the store's),
 //! namespaces (the executor's), and anything about Dockerfiles.
 
 mod cache_mounts;
 pub mod client;
+mod content;
 pub mod error;
 pub mod key;
+mod layers;
 mod mounts;
 pub mod op;
 pub mod read;
 mod snapshot;
+pub mod source;
 mod surroundings;
 pub mod worker;
 
-pub use client::Client;
-pub use error::OpError;
+pub use client::{Client, Pin};
+pub use error::{OpError, OpResult};
 pub use read::FileInfo;
+pub use source::{Source, SourceInstance, SourceKey};
 pub use surroundings::DnsSettings;
-pub use worker::{LlbWorker, NetworkOptions, Ref, WorkerOptions};
+pub use worker::{LlbWorker, NetworkOptions, Ref, WorkerOptions, store_tenant};

@@ -23,6 +23,15 @@ pub struct DecodedOp {
     pub constraints: Vec<String>,
 }
 
+/// Decodes a definition that was stored as bytes.
+pub fn definition_from_bytes(bytes: &[u8]) -> Result<Definition, LlbError> {
+    let def = pb::Definition::decode(bytes).map_err(|source| LlbError::Decode {
+        digest: kiln_oci::Digest::of(bytes).to_string(),
+        source,
+    })?;
+    definition_from_proto(&def)
+}
+
 /// Takes a definition over from the wire. The operations stay encoded.
 pub fn definition_from_proto(def: &pb::Definition) -> Result<Definition, LlbError> {
     let mut out = Definition {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use kiln_llb::op::{BuildOp, Op as LlbOp};
-use kiln_llb::wire::definition_from_proto;
+use kiln_llb::wire::definition_from_bytes;
 use kiln_llb::{Graph, Vertex};
 use kiln_oci::Digest;
 use kiln_solver::{CacheMap, ExecFailure, Op, OpContext, WorkerError as _};
@@ -35,8 +35,14 @@ pub struct BuildOperation {
 impl BuildOperation {
     /// The nested build behind a vertex.
     pub fn new(worker: LlbWorker, vertex: Arc<Vertex>) -> Result<Self, OpError> {
-        let LlbOp::Build(op) = &vertex.op else { return Err(OpError::internal("not a build".into())) };
-        Ok(Self { worker, key: build_key(op, vertex.inputs.len()), op: op.clone() })
+        let LlbOp::Build(op) = &vertex.op else {
+            return Err(OpError::internal("not a build".into()));
+        };
+        Ok(Self {
+            worker,
+            key: build_key(op, vertex.inputs.len()),
+            op: op.clone(),
+        })
     }
 }
 
@@ -46,7 +52,12 @@ impl Op<LlbWorker> for BuildOperation {
         Ok(super::cache_map(&self.key))
     }
 
-    async fn content_digest(&self, _input: usize, _value: &Option<LayerRef>, _cx: &OpContext<LlbWorker>) -> OpResult<Digest> {
+    async fn content_digest(
+        &self,
+        _input: usize,
+        _value: &Option<LayerRef>,
+        _cx: &OpContext<LlbWorker>,
+    ) -> OpResult<Digest> {
         Err(OpError::internal("a nested build is not keyed by content".into()).into())
     }
 
@@ -54,13 +65,18 @@ impl Op<LlbWorker> for BuildOperation {
         let index = self.op.inputs.get(DEFINITION_INPUT).copied().flatten();
         let index = index.ok_or_else(|| OpError::user(format!("no {DEFINITION_INPUT} input found")))? as usize;
         let view = realize_input(&self.worker, cx, index, inputs.get(index).and_then(Option::as_ref)).await?;
-        let path = self.op.attrs.get(FILENAME).map_or(DEFAULT_FILENAME, String::as_str).to_owned();
+        let path = self
+            .op
+            .attrs
+            .get(FILENAME)
+            .map_or(DEFAULT_FILENAME, String::as_str)
+            .to_owned();
         let name = path.clone();
         let bytes = blocking(move |_| view.read(path.as_bytes(), MAX_DEFINITION))
             .await?
-            .ok_or_else(|| OpError::not_found(format!("failed to read definition {name}: no such file")))?;
+            .ok_or_else(|| OpError::missing(format!("failed to read definition {name}: no such file")))?;
         let invalid = |e: &dyn std::fmt::Display| OpError::user(format!("failed to parse definition {name}: {e}"));
-        let definition = decode(&bytes).map_err(|e| invalid(&e))?;
+        let definition = definition_from_bytes(&bytes).map_err(|e| invalid(&e))?;
         let graph = Graph::load(&definition).map_err(|e| invalid(&e))?;
         match cx.solve(&graph).await {
             Ok(value) => Ok(vec![value.flatten()]),
@@ -69,15 +85,16 @@ impl Op<LlbWorker> for BuildOperation {
     }
 }
 
-fn decode(bytes: &[u8]) -> Result<kiln_llb::Definition, kiln_llb::LlbError> {
-    definition_from_proto(&kiln_llb::wire::decode_definition(bytes)?)
-}
-
 /// The error of a vertex of the nested build as one of the vertex that asked for it.
 fn nested(error: &kiln_solver::SolveError<OpError>) -> OpError {
-    let mut own = OpError::new(error.kind(), error.to_string()).because(error.clone());
-    if let Some(code) = error.source.exit_code() {
-        own = own.with_exit_code(code);
+    let own = match error.source.exit_code() {
+        Some(code) => OpError::exit(error.to_string(), code),
+        None => OpError::new(error.kind(), error.to_string()),
+    };
+    let own = own.because(error.clone());
+    if kiln_solver::WorkerError::is_personal(error.source.as_ref()) {
+        own.personal()
+    } else {
+        own
     }
-    if kiln_solver::WorkerError::is_personal(error.source.as_ref()) { own.personal() } else { own }
 }

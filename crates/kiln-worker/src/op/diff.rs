@@ -26,8 +26,15 @@ pub struct DiffOperation {
 impl DiffOperation {
     /// The diff behind a vertex.
     pub fn new(worker: LlbWorker, vertex: Arc<Vertex>) -> Result<Self, OpError> {
-        let LlbOp::Diff(op) = &vertex.op else { return Err(OpError::internal("not a diff".into())) };
-        Ok(Self { worker, key: diff_key(op, vertex.inputs.len()), op: op.clone(), name: vertex.name() })
+        let LlbOp::Diff(op) = &vertex.op else {
+            return Err(OpError::internal("not a diff".into()));
+        };
+        Ok(Self {
+            worker,
+            key: diff_key(op, vertex.inputs.len()),
+            op: op.clone(),
+            name: vertex.name(),
+        })
     }
 }
 
@@ -37,7 +44,12 @@ impl Op<LlbWorker> for DiffOperation {
         Ok(super::cache_map(&self.key))
     }
 
-    async fn content_digest(&self, input: usize, value: &Option<LayerRef>, cx: &OpContext<LlbWorker>) -> OpResult<Digest> {
+    async fn content_digest(
+        &self,
+        input: usize,
+        value: &Option<LayerRef>,
+        cx: &OpContext<LlbWorker>,
+    ) -> OpResult<Digest> {
         super::content_digest(&self.worker, &self.key, input, value.as_ref(), cx).await
     }
 

@@ -26,8 +26,15 @@ pub struct MergeOperation {
 impl MergeOperation {
     /// The merge behind a vertex.
     pub fn new(worker: LlbWorker, vertex: Arc<Vertex>) -> Result<Self, OpError> {
-        let LlbOp::Merge(op) = &vertex.op else { return Err(OpError::internal("not a merge".into())) };
-        Ok(Self { worker, key: merge_key(op, vertex.inputs.len()), op: op.clone(), name: vertex.name() })
+        let LlbOp::Merge(op) = &vertex.op else {
+            return Err(OpError::internal("not a merge".into()));
+        };
+        Ok(Self {
+            worker,
+            key: merge_key(op, vertex.inputs.len()),
+            op: op.clone(),
+            name: vertex.name(),
+        })
     }
 }
 
@@ -37,14 +44,27 @@ impl Op<LlbWorker> for MergeOperation {
         Ok(super::cache_map(&self.key))
     }
 
-    async fn content_digest(&self, input: usize, value: &Option<LayerRef>, cx: &OpContext<LlbWorker>) -> OpResult<Digest> {
+    async fn content_digest(
+        &self,
+        input: usize,
+        value: &Option<LayerRef>,
+        cx: &OpContext<LlbWorker>,
+    ) -> OpResult<Digest> {
         super::content_digest(&self.worker, &self.key, input, value.as_ref(), cx).await
     }
 
     async fn exec(&self, inputs: &[Option<LayerRef>], cx: &OpContext<LlbWorker>) -> OpResult<Vec<Option<LayerRef>>> {
-        let chosen: Vec<Option<LayerRef>> =
-            self.op.inputs.iter().map(|i| i.and_then(|i| inputs.get(i as usize).cloned().flatten())).collect();
-        let (store, tenant, name) = (Arc::clone(self.worker.store()), store_tenant(cx.tenant())?, self.name.clone());
+        let chosen: Vec<Option<LayerRef>> = self
+            .op
+            .inputs
+            .iter()
+            .map(|i| i.and_then(|i| inputs.get(i as usize).cloned().flatten()))
+            .collect();
+        let (store, tenant, name) = (
+            Arc::clone(self.worker.store()),
+            store_tenant(cx.tenant())?,
+            self.name.clone(),
+        );
         let merged = blocking(move |_| store.merge(&tenant, &chosen, &name)).await?;
         Ok(vec![merged])
     }

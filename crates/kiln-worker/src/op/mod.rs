@@ -6,9 +6,8 @@ pub mod exec;
 pub mod file;
 pub mod merge;
 pub mod passthrough;
+pub mod process;
 pub mod source;
-
-pub mod exec;
 
 use std::sync::Arc;
 
@@ -27,7 +26,7 @@ use crate::worker::LlbWorker;
 pub(crate) fn op(worker: &LlbWorker, vertex: &Arc<Vertex>) -> Result<Arc<dyn Op<LlbWorker>>> {
     let (worker, vertex) = (worker.clone(), Arc::clone(vertex));
     Ok(match &vertex.op {
-        LlbOp::Exec(_) => Arc::new(exec::ExecOperation::new(worker, vertex)?),
+        LlbOp::Exec(_) => Arc::new(process::ExecOperation::new(worker, vertex)?),
         LlbOp::Source(_) => Arc::new(source::SourceOperation::new(worker, vertex)?),
         LlbOp::File(_) => Arc::new(file::FileOperation::new(worker, vertex)?),
         LlbOp::Merge(_) => Arc::new(merge::MergeOperation::new(worker, vertex)?),
@@ -39,7 +38,12 @@ pub(crate) fn op(worker: &LlbWorker, vertex: &Arc<Vertex>) -> Result<Arc<dyn Op<
 
 /// The solver's view of a key.
 pub(crate) fn cache_map(key: &OpKey) -> CacheMap {
-    CacheMap { keys: vec![key.digest], subject: key.subject.clone(), deps: key.deps.clone(), transient: false }
+    CacheMap {
+        keys: vec![key.digest],
+        subject: key.subject.clone(),
+        deps: key.deps.clone(),
+        transient: false,
+    }
 }
 
 /// Digest of what an input holds where `key` looks.

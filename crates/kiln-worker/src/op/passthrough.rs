@@ -23,8 +23,13 @@ pub struct PassthroughOperation {
 impl PassthroughOperation {
     /// The passthrough behind a vertex.
     pub fn new(vertex: Arc<Vertex>) -> Result<Self, OpError> {
-        let LlbOp::Passthrough(op) = &vertex.op else { return Err(OpError::internal("not a passthrough".into())) };
-        Ok(Self { key: passthrough_key(op, vertex.inputs.len()), op: op.clone() })
+        let LlbOp::Passthrough(op) = &vertex.op else {
+            return Err(OpError::internal("not a passthrough".into()));
+        };
+        Ok(Self {
+            key: passthrough_key(op, vertex.inputs.len()),
+            op: op.clone(),
+        })
     }
 }
 
@@ -34,12 +39,22 @@ impl Op<LlbWorker> for PassthroughOperation {
         Ok(super::cache_map(&self.key))
     }
 
-    async fn content_digest(&self, _input: usize, _value: &Option<LayerRef>, _cx: &OpContext<LlbWorker>) -> OpResult<Digest> {
+    async fn content_digest(
+        &self,
+        _input: usize,
+        _value: &Option<LayerRef>,
+        _cx: &OpContext<LlbWorker>,
+    ) -> OpResult<Digest> {
         Err(OpError::internal("a passthrough is not keyed by content".into()).into())
     }
 
     async fn exec(&self, inputs: &[Option<LayerRef>], _cx: &OpContext<LlbWorker>) -> OpResult<Vec<Option<LayerRef>>> {
-        let output = |index: &i64| usize::try_from(*index).ok().and_then(|i| inputs.get(i).cloned()).flatten();
+        let output = |index: &i64| {
+            usize::try_from(*index)
+                .ok()
+                .and_then(|i| inputs.get(i).cloned())
+                .flatten()
+        };
         Ok(self.op.outputs.iter().map(output).collect())
     }
 }

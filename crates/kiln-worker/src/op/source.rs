@@ -28,11 +28,14 @@ impl std::fmt::Debug for SourceOperation {
 impl SourceOperation {
     /// The source behind a vertex.
     pub fn new(worker: LlbWorker, vertex: Arc<Vertex>) -> Result<Self, OpError> {
-        let LlbOp::Source(op) = &vertex.op else { return Err(OpError::internal("not a source".into())) };
-        let source = worker
-            .source(op.scheme())
+        let LlbOp::Source(op) = &vertex.op else {
+            return Err(OpError::internal("not a source".into()));
+        };
+        let source = crate::source::of(op.scheme())
             .ok_or_else(|| OpError::user(format!("no source handles the scheme of `{}`", op.identifier)))?;
-        Ok(Self { instance: source.open(&worker, &vertex, op)? })
+        Ok(Self {
+            instance: source.open(&worker, &vertex, op)?,
+        })
     }
 }
 
@@ -49,7 +52,12 @@ impl Op<LlbWorker> for SourceOperation {
         })
     }
 
-    async fn content_digest(&self, _input: usize, _value: &Option<LayerRef>, _cx: &OpContext<LlbWorker>) -> OpResult<Digest> {
+    async fn content_digest(
+        &self,
+        _input: usize,
+        _value: &Option<LayerRef>,
+        _cx: &OpContext<LlbWorker>,
+    ) -> OpResult<Digest> {
         Err(OpError::internal("a source has no inputs".into()).into())
     }
 

@@ -17,7 +17,8 @@ pub trait Source: Send + Sync + 'static {
     fn schemes(&self) -> &'static [&'static str];
 
     /// The source behind an operation. Checks identifier and attributes; no I/O.
-    fn open(&self, worker: &LlbWorker, vertex: &Arc<Vertex>, op: &SourceOp) -> Result<Box<dyn SourceInstance>, OpError>;
+    fn open(&self, worker: &LlbWorker, vertex: &Arc<Vertex>, op: &SourceOp)
+    -> Result<Box<dyn SourceInstance>, OpError>;
 }
 
 /// One source of one vertex.
@@ -41,10 +42,13 @@ pub struct SourceKey {
     pub transient: bool,
 }
 
-pub mod git;
 pub mod local;
+mod local_listing;
 
 /// Every kind of source there is.
-pub(crate) fn all() -> Vec<Arc<dyn Source>> {
-    vec![Arc::new(local::LocalSource), Arc::new(git::GitSource)]
+static ALL: [&dyn Source; 1] = [&local::LocalSource];
+
+/// The source that serves a scheme.
+pub(crate) fn of(scheme: &str) -> Option<&'static dyn Source> {
+    ALL.iter().copied().find(|s| s.schemes().contains(&scheme))
 }
