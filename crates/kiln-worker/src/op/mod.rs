@@ -55,6 +55,7 @@ pub(crate) async fn content_digest(
     cx: &OpContext<LlbWorker>,
 ) -> OpResult<Digest> {
     let selectors = key.selectors.get(input).cloned().unwrap_or_default();
+    let origin = content::origin(value);
     let view = layers::realize_input(worker, cx, input, value).await?;
-    Ok(layers::blocking(move |stop| content::digest(&view, &selectors, stop)).await?)
+    Ok(layers::blocking(move |stop| content::digest(&view, &selectors, origin, stop)).await?)
 }
