@@ -7,7 +7,7 @@
 //! daemon's side of the namespaces back end (one thread launches, one reaps), `running` the talk with a single child, `protocol`
 //! what they say to each other. `init` is the other process: `launcher` forks, `child` sets up and executes, `rootfs`, `mounts`
 //! and `walk` make what it sees, `identity`, `capabilities` and `seccomp` what it is and may do. `cgroup` and `device` limit and
-//! count. `stubs` clears mount targets away. `sys` holds all unsafe code.
+//! count. `stubs` clears mount targets away. `userns` makes an ordinary user's daemon root of its own user namespace. `sys` holds all unsafe code.
 //!
 //! Deliberately absent: image and layer knowledge, log formatting, retries, and any mount in the daemon's own namespace.
 
@@ -22,6 +22,7 @@ mod running;
 mod spec;
 mod stubs;
 mod sys;
+mod userns;
 
 pub use cgroup::CgroupPolicy;
 pub use error::{ExecError, Step, errno_text};
@@ -35,3 +36,4 @@ pub use spec::{
     ProcessSpec, Resources, RootMount, SecurityMode, TerminalSize, Ulimit,
 };
 pub use stubs::{ParentTimes, Stub, clean_stubs};
+pub use userns::{IdMapping, UserNamespaceError, enter_user_namespace};

@@ -224,6 +224,9 @@ fn surroundings(spec: &ProcessSpec, host: Host) -> Result<(Identity, Vec<Stub>),
         scan.note(&root, dest);
     }
     let identity = identity::resolve(&root, &spec.user)?;
+    if host.rootless {
+        identity::ensure_mapped(&identity)?;
+    }
     reach(&root, &spec.cwd, Make::Dir, Some((identity.uid, identity.gid))).at(Step::Cwd, &spec.cwd)?;
 
     let with = mounts::Defaults {
@@ -361,28 +364,17 @@ fn become_user(identity: &Identity, host: Host) -> Result<(), Failure> {
         Err(Errno::PERM | Errno::INVAL) if host.rootless => {}
         Err(e) => return Err(e).at(Step::User, "supplementary groups"),
     }
-    let explain = |what: &str, id: u32| {
-        if host.rootless {
-            format!("cannot become {what} {id}: it is not mapped in this user namespace")
-        } else {
-            String::new()
-        }
-    };
-    let failed = |text: String, e: Errno| {
-        let text = if text.is_empty() {
-            format!("cannot change user: {e}")
-        } else {
-            text
-        };
-        Failure {
-            step: Step::User,
-            errno: e.raw_os_error(),
-            detail: text,
-        }
-    };
-    rustix::thread::set_thread_res_gid(gid, gid, gid).map_err(|e| failed(explain("group", identity.gid), e))?;
-    rustix::thread::set_thread_res_uid(uid, uid, uid).map_err(|e| failed(explain("user", identity.uid), e))?;
+    rustix::thread::set_thread_res_gid(gid, gid, gid).map_err(|e| user_failure("group", identity.gid, e))?;
+    rustix::thread::set_thread_res_uid(uid, uid, uid).map_err(|e| user_failure("user", identity.uid, e))?;
     rustix::thread::set_keep_capabilities(false).at(Step::User, "keep capabilities")
+}
+
+fn user_failure(what: &str, id: u32, e: Errno) -> Failure {
+    Failure {
+        step: Step::User,
+        errno: e.raw_os_error(),
+        detail: format!("cannot become {what} {id}: {e}"),
+    }
 }
 
 fn set_limit(limit: &Ulimit) -> Result<(), Failure> {

@@ -35,6 +35,29 @@ pub(crate) fn resolve(root: impl AsFd, user: &str) -> Result<Identity, Failure> 
     resolve_in(&passwd, &group, user)
 }
 
+/// Fails, in a user namespace, where the user or its group does not exist.
+pub(crate) fn ensure_mapped(identity: &Identity) -> Result<(), Failure> {
+    for (kind, what, id) in [("uid", "user", identity.uid), ("gid", "group", identity.gid)] {
+        if !is_mapped(kind, id) {
+            let text = format!("cannot become {what} {id}: it is not mapped in the daemon's user namespace");
+            return Err(Failure::because(Step::User, text));
+        }
+    }
+    Ok(())
+}
+
+/// The id (`kind` is `uid` or `gid`) exists in this user namespace.
+pub(crate) fn is_mapped(kind: &str, id: u32) -> bool {
+    let map = std::fs::read_to_string(format!("/proc/self/{kind}_map")).unwrap_or_default();
+    map.lines().any(|line| {
+        let mut fields = line.split_whitespace().filter_map(|f| f.parse::<u32>().ok());
+        match (fields.next(), fields.nth(1)) {
+            (Some(first), Some(count)) => id >= first && id - first < count,
+            _ => false,
+        }
+    })
+}
+
 fn read(root: impl AsFd, path: &str) -> Result<String, Failure> {
     let Ok(fd) = super::walk::open_file_in_root(root, path) else {
         return Ok(String::new());

@@ -118,7 +118,7 @@ impl Source<'_> {
                 }
                 (mount_fs("tmpfs", &options, NOSUID).at(Step::Mount, dest)?, false)
             }
-            Open::File(file) => (stage.file(file)?, false),
+            Open::File(file) => (stage.file(file, host.rootless)?, false),
         };
         let mut set = restrictions(self.spec.flags);
         if self.spec.readonly {
@@ -194,7 +194,7 @@ pub(crate) fn defaults(root: BorrowedFd<'_>, with: &Defaults<'_>) -> Result<(), 
         ("mode", "0620"),
         ("gid", "5"),
     ];
-    let group_known = !with.host.rootless || group_is_mapped(5);
+    let group_known = !with.host.rootless || super::identity::is_mapped("gid", 5);
     let pts = if group_known { pts } else { pts.get(..3).unwrap_or(pts) };
     mount("devpts", pts, NOSUID | NOEXEC, "/dev/pts")?;
     if !with.own_shm {
@@ -217,13 +217,6 @@ pub(crate) fn defaults(root: BorrowedFd<'_>, with: &Defaults<'_>) -> Result<(), 
     };
     mount("sysfs", &[], NOSUID | NODEV | NOEXEC | protect, "/sys")?;
     cgroups(root, with, NOSUID | NODEV | NOEXEC | protect)
-}
-
-fn group_is_mapped(gid: u32) -> bool {
-    std::fs::read_to_string("/proc/self/gid_map").unwrap_or_default().lines().any(|line| {
-        let mut fields = line.split_whitespace().filter_map(|f| f.parse::<u32>().ok());
-        matches!((fields.next(), fields.nth(1)), (Some(first), Some(count)) if (first..first.saturating_add(count)).contains(&gid))
-    })
 }
 
 fn cgroups(root: BorrowedFd<'_>, with: &Defaults<'_>, attributes: MountAttrFlags) -> Result<(), Failure> {

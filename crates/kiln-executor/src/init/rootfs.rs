@@ -178,14 +178,18 @@ impl Stage {
     }
 
     /// Writes a file and returns a detached mount of it.
-    pub(crate) fn file(&mut self, file: &FileMount) -> Result<OwnedFd, Failure> {
+    pub(crate) fn file(&mut self, file: &FileMount, rootless: bool) -> Result<OwnedFd, Failure> {
         let name = format!("f{}", self.count);
         self.count += 1;
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
         let fd = openat(&self.dir, name.as_str(), flags, Mode::RUSR).at(Step::Mount, "file")?;
         let mut out = File::from(fd);
         out.write_all(&file.content).at(Step::Mount, "file")?;
-        fchown(&out, Some(Uid::from_raw(file.uid)), Some(Gid::from_raw(file.gid))).at(Step::Mount, "owner of file")?;
+        match fchown(&out, Some(Uid::from_raw(file.uid)), Some(Gid::from_raw(file.gid))) {
+            // The id is not mapped: nobody in this namespace is that user.
+            Err(Errno::INVAL) if rootless => {}
+            owned => owned.at(Step::Mount, "owner of file")?,
+        }
         out.set_permissions(std::fs::Permissions::from_mode(file.mode & 0o777))
             .at(Step::Mount, "mode of file")?;
         let path = openat(&self.dir, name.as_str(), PATH_ONLY, Mode::empty()).at(Step::Mount, "file")?;

@@ -8,6 +8,7 @@ mod confinement;
 mod lab;
 mod leaks;
 mod mounting;
+mod rootless;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -16,15 +17,25 @@ type Case = (&'static str, fn());
 fn main() {
     kiln_executor::maybe_init();
     if let Some(role) = std::env::var_os("KILN_TEST_ROLE") {
-        leaks::act(&role.to_string_lossy());
+        match role.to_string_lossy().as_ref() {
+            "rootless" => rootless::act(false),
+            "single" => rootless::act(true),
+            role => leaks::act(role),
+        }
         return;
     }
     let filter: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
-    let cases: Vec<Case> = [behaviour::CASES, confinement::CASES, mounting::CASES, leaks::CASES]
-        .into_iter()
-        .flatten()
-        .copied()
-        .collect();
+    let cases: Vec<Case> = [
+        behaviour::CASES,
+        confinement::CASES,
+        mounting::CASES,
+        leaks::CASES,
+        rootless::CASES,
+    ]
+    .into_iter()
+    .flatten()
+    .copied()
+    .collect();
     if std::env::args().any(|a| a == "--list") {
         for (name, _) in &cases {
             println!("{name}: test");
