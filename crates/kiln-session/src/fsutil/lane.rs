@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io::{Read as _, Write as _};
 
 use bytes::Bytes;
+use rustix::fs::OFlags;
 use sha2::{Digest as _, Sha256};
 use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
@@ -211,10 +212,10 @@ fn unexpected(id: u32) -> SessionError {
 }
 
 fn create(target: &Target, job: &FileJob) -> Result<Open> {
-    let file = target
-        .root
-        .create_file(&job.path, 0o600)
-        .map_err(|error| SessionError::io(format!("create {}", job.path), error))?;
+    // Mode, owner and time follow when the content is complete.
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
+    let file = target.root.open_with(&job.path, flags, 0o600);
+    let file = File::from(file.map_err(|error| SessionError::io(format!("create {}", job.path), error))?);
     let hasher = target.digest.as_ref().zip(job.entry.as_ref());
     let hasher = hasher.map(|(prefix, entry)| Sha256::new_with_prefix(prefix(entry)));
     Ok(Open {
