@@ -249,7 +249,7 @@ async fn build_one<B: Bridge>(
 }
 
 /// Shows what lint found. A daemon that takes no warnings loses nothing else.
-async fn warn<B: Bridge>(client: &BuildClient<'_, B>, entrypoint: &Entrypoint, linter: &Linter) {
+pub(crate) async fn warn<B: Bridge>(client: &BuildClient<'_, B>, entrypoint: &Entrypoint, linter: &Linter) {
     let Some(vertex) = entrypoint.vertex else { return };
     for finding in linter.findings() {
         let warning = Warning {

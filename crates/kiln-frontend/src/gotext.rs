@@ -6,6 +6,7 @@
 use std::borrow::Cow;
 use std::sync::LazyLock;
 
+use kiln_oci::Platform;
 use regex::Regex;
 
 /// The boolean a flag or option value stands for: `1 t T TRUE true True` and the same for false.
@@ -121,6 +122,34 @@ pub(crate) fn lossy(bytes: &[u8]) -> Cow<'_, str> {
             Cow::Owned(out)
         }
     }
+}
+
+/// A platform, or what Go programs say about a text that is none.
+pub(crate) fn parse_platform(text: &str) -> Result<Platform, String> {
+    text.parse().map_err(|_| {
+        let os = text.split('/').next().unwrap_or_default();
+        let os_name = os.split('(').next().unwrap_or_default();
+        let bad = |part: &str, extra: &str| {
+            part.is_empty() || !part.chars().all(|c| c.is_ascii_alphanumeric() || extra.contains(c))
+        };
+        let bad_part = text.split('/').skip(1).find(|part| bad(part, "_.-"));
+        let why = if text.contains('*') {
+            format!("{}: wildcards not yet supported", quote(text))
+        } else if text.split('/').count() > 3 {
+            format!("{}: cannot parse platform specifier", quote(text))
+        } else if bad(os_name, "_-") {
+            let rule = "OSAndVersion specifier component must match";
+            let pattern = quote(r"^([A-Za-z0-9_-]+)(?:\(([A-Za-z0-9_.%-]*)((?:\+[A-Za-z0-9_.%-]+)*)\))?$".replace("\\", "\").as_str());
+            format!("{} is an invalid OS component of {}: {rule} {pattern}", quote(os), quote(text))
+        } else if let Some(part) = bad_part {
+            let rule = "platform specifier component must match";
+            let pattern = quote("^[A-Za-z0-9_.-]+$");
+            format!("{} is an invalid component of {}: {rule} {pattern}", quote(part), quote(text))
+        } else {
+            format!("{}: unknown operating system or architecture", quote(text))
+        };
+        format!("{why}: invalid argument")
+    })
 }
 
 /// A duration in nanoseconds from Go's syntax (`1h2m3.5s`), with Go's message otherwise.

@@ -8,7 +8,7 @@ use kiln_oci::{ImageRef, Platform};
 
 use crate::bridge::CacheImport;
 use crate::dockerfile::lint::LintOptions;
-use crate::gotext::{csv_fields, parse_bool, parse_int, parse_uint, quote};
+use crate::gotext::{csv_fields, parse_bool, parse_int, parse_platform, parse_uint, quote};
 
 /// Attributes of a request.
 pub type Attrs = BTreeMap<String, String>;
@@ -232,9 +232,7 @@ fn with_prefix(attrs: &Attrs, prefix: &str) -> Attrs {
 }
 
 fn target_platform(text: &str) -> Result<Platform, String> {
-    let parsed: Platform = text
-        .parse()
-        .map_err(|e| format!("failed to parse target platform {text}: {e}"))?;
+    let parsed = parse_platform(text).map_err(|e| format!("failed to parse target platform {text}: {e}"))?;
     Ok(parsed.normalized())
 }
 

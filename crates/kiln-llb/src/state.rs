@@ -30,7 +30,7 @@ pub struct State {
 pub struct Surroundings {
     /// Environment.
     pub env: EnvList,
-    /// Working directory; empty until one is set.
+    /// Working directory; `/` while it is empty.
     pub dir: String,
     /// `user[:group]`; empty is root.
     pub user: String,
@@ -810,9 +810,6 @@ impl Writer<'_> {
         if spec.args.is_empty() {
             return Err(LlbError::Empty("arguments are required"));
         }
-        if around.dir.is_empty() {
-            return Err(LlbError::Empty("working directory is required"));
-        }
         let mut env = around.env.to_vec();
         if let Some(first) = spec.ssh.first()
             && around.env.get("SSH_AUTH_SOCK").is_none()
@@ -890,7 +887,7 @@ impl Writer<'_> {
             meta: ExecMeta {
                 args: spec.args.clone(),
                 env,
-                cwd: around.dir.clone(),
+                cwd: if around.dir.is_empty() { "/".to_owned() } else { around.dir.clone() },
                 user: around.user.clone(),
                 proxy_env: spec.proxy_env.clone(),
                 extra_hosts: spec.extra_hosts.clone(),

@@ -7,16 +7,19 @@ thread_local! {
 }
 
 /// The option nearest to `value`, if one is at most two edits away. A value that is one of the options gets no suggestion: the
-/// trouble lies elsewhere. Of equally near options the first wins.
+/// trouble lies elsewhere. Of equally near options one
+/// made of the same letters wins, else the first.
 pub(crate) fn nearest<'a>(value: &str, options: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
-    let mut best = None;
+    let mut best: Option<&str> = None;
     let mut limit = 3;
     for option in options {
         if option == value {
             return None;
         }
-        let distance = distance(value, option, limit);
-        if distance < limit {
+        // One more than the best so far is enough to tell equally near from further away.
+        let distance = distance(value, option, limit + 1);
+        let swapped = || distance == limit && limit < 3 && letters(option) == letters(value);
+        if distance < limit || (swapped() && best.is_some_and(|b| letters(b) != letters(value))) {
             limit = distance;
             best = Some(option);
         }
@@ -35,6 +38,12 @@ pub(crate) fn nearest_any_case<'a>(value: &str, options: impl IntoIterator<Item 
     } else {
         found.to_owned()
     })
+}
+
+fn letters(text: &str) -> Vec<char> {
+    let mut letters: Vec<char> = text.chars().take(256).collect();
+    letters.sort_unstable();
+    letters
 }
 
 /// Edits between `a` and `b`, or `limit` when there are at least that many.
@@ -72,6 +81,7 @@ mod tests {
         assert_eq!(nearest("bild", options), Some("build"));
         assert_eq!(nearest("production", options), None);
         assert_eq!(nearest("base", options), None);
+        assert_eq!(nearest("rnu", ["env", "run"]), Some("run"));
         assert_eq!(nearest_any_case("FORM", ["FROM", "RUN"]), Some("FROM".to_owned()));
         assert_eq!(nearest_any_case("cpoy", ["COPY"]), Some("copy".to_owned()));
         assert_eq!(nearest_any_case("Cpoy", ["COPY"]), Some("copy".to_owned()));

@@ -39,14 +39,13 @@ pub(crate) async fn answer<B: Bridge>(
     })
 }
 
-/// Converts for the build platform, whatever platform was asked for, without reporting anything.
+/// Converts for the build platform, whatever platform was asked for. Findings are shown as in a build.
 async fn convert<B: Bridge>(
     client: &BuildClient<'_, B>,
     entrypoint: &Entrypoint,
     labs: bool,
 ) -> Result<Converted, DockerfileError> {
-    crate::frontend::lint_options(&client.options, &entrypoint.file.data)?;
-    let linter = Linter::silent();
+    let linter = Linter::new(crate::frontend::lint_options(&client.options, &entrypoint.file.data)?);
     let file = entrypoint.file.clone();
     let request = Request {
         file,
@@ -55,7 +54,9 @@ async fn convert<B: Bridge>(
         linter: &linter,
         labs,
     };
-    convert::convert(client, &request).await
+    let converted = convert::convert(client, &request).await;
+    crate::frontend::warn(client, entrypoint, &linter).await;
+    converted
 }
 
 /// The usual metadata of an answer.

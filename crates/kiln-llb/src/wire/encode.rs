@@ -134,15 +134,23 @@ pub fn encode_op(op: &Op, inputs: &[Edge], platform: Option<&Platform>, constrai
             outputs: p.outputs.clone(),
         }),
     };
-    let op = pb::Op {
+    let mut around = pb::Op {
         inputs: inputs.iter().map(input).collect(),
-        op: Some(kind),
+        op: None,
         platform: platform.map(platform_to_proto),
         constraints: Some(pb::WorkerConstraints {
             filter: constraints.to_vec(),
         }),
+    }
+    .encode_to_vec();
+    let chosen = pb::Op {
+        op: Some(kind),
+        ..pb::Op::default()
     };
-    op.encode_to_vec().into()
+    // Go's library writes the members of a oneof behind all other fields, whatever their numbers, and vertex digests are
+    // taken over its bytes.
+    around.extend_from_slice(&chosen.encode_to_vec());
+    around.into()
 }
 
 /// Encodes the terminal operation that names the requested edge.

@@ -37,7 +37,7 @@ use crate::context::BuildClient;
 use crate::error::DockerfileError;
 use crate::image::Image;
 
-pub(crate) use self::outline::{ArgInfo, Outline, Requirement};
+pub(crate) use self::outline::{Outline, Requirement};
 
 /// What to convert.
 pub(crate) struct Request<'a> {
@@ -176,6 +176,9 @@ impl<B: Bridge> Conversion<'_, B> {
             }
         }
         image.set_platform(image.platform().normalized());
+        if image.os.is_empty() {
+            image.os = Platform::host().os;
+        }
         let outline = self.outline(target);
         let reachable = self.table.reachable(target);
         let stages = &self.table.stages;

@@ -235,8 +235,8 @@ impl<B: Bridge> Conversion<'_, B> {
                     let quote = |p: &Platform| crate::gotext::quote(&p.id());
                     format!(
                         "Base image {written} was pulled with platform {}, expected {} for current build",
-                        quote(platform),
-                        quote(&actual)
+                        quote(&actual),
+                        quote(platform)
                     )
                 });
         }

@@ -17,7 +17,7 @@ use crate::dockerfile::span::Span;
 use crate::dockerfile::stage::{Dockerfile, Stage};
 use crate::dockerfile::suggest::nearest;
 use crate::error::{DockerfileError, Located};
-use crate::gotext::{join_path, quote};
+use crate::gotext::{join_path, parse_platform, quote};
 use crate::image::Image;
 
 /// The name of the empty base.
@@ -307,8 +307,8 @@ impl<B: Bridge> Conversion<'_, B> {
             let message = format!("empty platform value from expression {}", stage.platform);
             return Err(DockerfileError::at(message, stage.span).suggesting(hint()));
         }
-        let platform = expansion.text.parse::<Platform>().map_err(|e| {
-            let error = DockerfileError::at(e.to_string(), stage.span).suggesting(hint());
+        let platform = parse_platform(&expansion.text).map_err(|e| {
+            let error = DockerfileError::at(e, stage.span).suggesting(hint());
             error
                 .context(format!("failed to parse platform {}", stage.platform))
                 .with_span(stage.span)
