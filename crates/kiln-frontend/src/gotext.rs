@@ -139,12 +139,20 @@ pub(crate) fn parse_platform(text: &str) -> Result<Platform, String> {
             format!("{}: cannot parse platform specifier", quote(text))
         } else if bad(os_name, "_-") {
             let rule = "OSAndVersion specifier component must match";
-            let pattern = quote(r"^([A-Za-z0-9_-]+)(?:\(([A-Za-z0-9_.%-]*)((?:\+[A-Za-z0-9_.%-]+)*)\))?$".replace("\\", "\").as_str());
-            format!("{} is an invalid OS component of {}: {rule} {pattern}", quote(os), quote(text))
+            let pattern = quote(r"^([A-Za-z0-9_-]+)(?:\(([A-Za-z0-9_.%-]*)((?:\+[A-Za-z0-9_.%-]+)*)\))?$");
+            format!(
+                "{} is an invalid OS component of {}: {rule} {pattern}",
+                quote(os),
+                quote(text)
+            )
         } else if let Some(part) = bad_part {
             let rule = "platform specifier component must match";
             let pattern = quote("^[A-Za-z0-9_.-]+$");
-            format!("{} is an invalid component of {}: {rule} {pattern}", quote(part), quote(text))
+            format!(
+                "{} is an invalid component of {}: {rule} {pattern}",
+                quote(part),
+                quote(text)
+            )
         } else {
             format!("{}: unknown operating system or architecture", quote(text))
         };
