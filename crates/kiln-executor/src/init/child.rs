@@ -20,7 +20,7 @@ use crate::protocol::{
     At, CgroupView, Failure, Host, Report, Task, frame, monotonic_ns, read_frame, send_with_fds, write_frame,
 };
 use crate::spec::{
-    FileMount, JoinSpec, MountKind, MountSpec, NetMode, ProcessSpec, SecurityMode, TerminalSize, Ulimit,
+    FileMount, JoinSpec, MountFlags, MountKind, MountSpec, NetMode, ProcessSpec, SecurityMode, TerminalSize, Ulimit,
 };
 use crate::stubs::Stub;
 use crate::sys;
@@ -202,7 +202,17 @@ fn surroundings(spec: &ProcessSpec, host: Host) -> Result<(Identity, Vec<Stub>),
                 uid: 0,
                 gid: 0,
             };
-            specs.push(MountSpec::new(path, MountKind::File(file)).readonly());
+            let flags = MountFlags {
+                nosuid: true,
+                nodev: true,
+                noexec: true,
+            };
+            specs.push(MountSpec {
+                dest: path.to_owned(),
+                kind: MountKind::File(file),
+                readonly: true,
+                flags,
+            });
         }
     }
     specs.extend(spec.mounts.iter().cloned());

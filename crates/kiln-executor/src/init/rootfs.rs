@@ -88,6 +88,8 @@ pub(crate) fn stage_place(root: &RootMount) -> PathBuf {
 /// Mounts a file system that needs no device.
 pub(crate) fn mount_fs(kind: &str, options: &[(&str, &str)], attributes: MountAttrFlags) -> Result<OwnedFd, Errno> {
     let context = fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC)?;
+    // Shown as the device in /proc/mounts.
+    fsconfig_set_string(&context, "source", kind)?;
     for (key, value) in options {
         if value.is_empty() {
             fsconfig_set_flag(&context, *key)?;
@@ -222,6 +224,7 @@ const OPTIONS: [(&str, &str); 4] = [
 /// Overlay through the new mount API: one key per layer (Linux 6.7), no limit of one page.
 fn overlay(lowers: &[OwnedFd], writable: Option<&(OwnedFd, OwnedFd)>, rootless: bool) -> Result<OwnedFd, Errno> {
     let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    fsconfig_set_string(&context, "source", "overlay")?;
     for lower in lowers {
         fsconfig_set_string(&context, "lowerdir+", number(lower))?;
     }

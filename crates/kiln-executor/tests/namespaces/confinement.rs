@@ -217,3 +217,25 @@ fn set_user_id_programs_work() {
     );
     assert_eq!(seen["status.CapEff"], "00000000a80425fb");
 }
+
+/// Prints what the probe sees in a root given by `KILN_TEST_ROOT`, to be laid beside what another builder's steps see.
+pub(crate) fn print_for_comparison() {
+    let lower = std::path::PathBuf::from(std::env::var_os("KILN_TEST_ROOT").unwrap());
+    let run = |args: &[&str], user: &str| {
+        let root = Root::new();
+        let mut spec = root.spec(args);
+        if let kiln_executor::RootMount::Overlay(o) = &mut spec.root {
+            o.lowers = vec![lower.clone()];
+        }
+        spec.user = user.into();
+        spec.hosts = Some("127.0.0.1 localhost\n".into());
+        spec.resolv_conf = Some(std::fs::read_to_string("/etc/resolv.conf").unwrap());
+        println!("{}", crate::lab::run(spec).unwrap().stdout);
+    };
+    run(&["/bin/probe", "one"], "");
+    run(&["/bin/sh", "-c", "/bin/id; exec /bin/probe"], "node");
+    run(
+        &["/bin/sh", "-c", "mount; ls -la / /dev; stat -c %a /dev/shm; exit 3"],
+        "root",
+    );
+}

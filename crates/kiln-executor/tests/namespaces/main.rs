@@ -20,6 +20,7 @@ fn main() {
         match role.to_string_lossy().as_ref() {
             "rootless" => rootless::act(false),
             "single" => rootless::act(true),
+            "compare" => confinement::print_for_comparison(),
             role => leaks::act(role),
         }
         return;
