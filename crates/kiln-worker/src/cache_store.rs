@@ -11,9 +11,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use async_trait::async_trait;
 use kiln_llb::OutputIndex;
 use kiln_oci::Digest;
-use kiln_solver::{
-    CacheError, CacheStore, Hit, KeyId, KeyParts, LinkId, OpDigest, RecordVersion, Save, Tenant,
-};
+use kiln_solver::{CacheError, CacheStore, Hit, KeyId, KeyParts, LinkId, OpDigest, RecordVersion, Save, Tenant};
 use kiln_store::{NewRecord, Records, Store, StoreError, Time};
 use serde::{Deserialize, Serialize};
 
@@ -42,16 +40,24 @@ pub struct StoreCache {
 impl StoreCache {
     /// The memory that lives in `store`.
     pub fn new(store: Arc<Store>) -> Self {
-        Self { store, last_run: Arc::default() }
+        Self {
+            store,
+            last_run: Arc::default(),
+        }
     }
 
     /// A number for a run that was never given out before: the time, made unique.
     fn next_run(&self) -> u64 {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |d| d.as_nanos() as u64);
+        let now = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(1, |d| d.as_nanos() as u64);
         let mut last = self.last_run.load(Ordering::Relaxed);
         loop {
             let next = now.max(last + 1);
-            match self.last_run.compare_exchange_weak(last, next, Ordering::Relaxed, Ordering::Relaxed) {
+            match self
+                .last_run
+                .compare_exchange_weak(last, next, Ordering::Relaxed, Ordering::Relaxed)
+            {
                 Ok(_) => return next,
                 Err(other) => last = other,
             }
@@ -68,7 +74,10 @@ impl StoreCache {
         let failed = |source: Box<dyn std::error::Error + Send + Sync>| CacheError { action, source };
         let tenant = store_tenant(tenant).map_err(|e| failed(e.into()))?;
         let table = Table(self.store.records(&tenant));
-        tokio::task::spawn_blocking(move || work(&table)).await.map_err(|e| failed(e.into()))?.map_err(|e| failed(e.into()))
+        tokio::task::spawn_blocking(move || work(&table))
+            .await
+            .map_err(|e| failed(e.into()))?
+            .map_err(|e| failed(e.into()))
     }
 }
 
@@ -122,19 +131,32 @@ struct Table(Records);
 impl Table {
     /// The latest run of a record, also if its results are gone; 0 if it was never run.
     fn current(&self, record: KeyId) -> Result<u64, StoreError> {
-        if let Some(run) = self.0.note(&current_note(record))?.and_then(|bytes| number_at(&mut bytes.as_slice())) {
+        if let Some(run) = self
+            .0
+            .note(&current_note(record))?
+            .and_then(|bytes| number_at(&mut bytes.as_slice()))
+        {
             return Ok(run);
         }
         // The notes were lost with the index; the record tells.
-        let Some(id) = self.0.id_of(&record.0)? else { return Ok(0) };
-        let parts = self.0.peek(&id)?.and_then(|r| serde_json::from_value::<Parts>(r.parts).ok());
+        let Some(id) = self.0.id_of(&record.0)? else {
+            return Ok(0);
+        };
+        let parts = self
+            .0
+            .peek(&id)?
+            .and_then(|r| serde_json::from_value::<Parts>(r.parts).ok());
         Ok(parts.map_or(0, |p| p.run))
     }
 
     fn follow(&self, key: KeyId) -> Result<Option<KeyId>, StoreError> {
-        let Some(bytes) = self.0.note(&alias_note(key))? else { return Ok(None) };
+        let Some(bytes) = self.0.note(&alias_note(key))? else {
+            return Ok(None);
+        };
         let mut bytes = bytes.as_slice();
-        let Some(record) = digest_at(&mut bytes) else { return Ok(None) };
+        let Some(record) = digest_at(&mut bytes) else {
+            return Ok(None);
+        };
         while let (Some(input), Some(run)) = (digest_at(&mut bytes), number_at(&mut bytes)) {
             if self.current(KeyId(input))? != run {
                 return Ok(None);
@@ -144,10 +166,20 @@ impl Table {
     }
 
     fn lookup(&self, key: KeyId) -> Result<Option<Hit<Ref>>, StoreError> {
-        let Some(hit) = self.0.lookup(&key.0)? else { return Ok(None) };
-        let Ok(parts) = serde_json::from_value::<Parts>(hit.record.parts) else { return Ok(None) };
-        let run = RecordVersion { record: parts.id, version: parts.run };
-        Ok(Some(Hit { run, outputs: hit.outputs.into() }))
+        let Some(hit) = self.0.lookup(&key.0)? else {
+            return Ok(None);
+        };
+        let Ok(parts) = serde_json::from_value::<Parts>(hit.record.parts) else {
+            return Ok(None);
+        };
+        let run = RecordVersion {
+            record: parts.id,
+            version: parts.run,
+        };
+        Ok(Some(Hit {
+            run,
+            outputs: hit.outputs.into(),
+        }))
     }
 
     /// Those of `notes` that say something new.
@@ -204,16 +236,21 @@ impl CacheStore<Ref> for StoreCache {
         selector: Option<Digest>,
     ) -> Result<Option<(RecordVersion, Digest)>, CacheError> {
         self.with("read", tenant, move |t| {
-            let Some(bytes) = t.0.note(&content_note(record, output, selector))? else { return Ok(None) };
+            let Some(bytes) = t.0.note(&content_note(record, output, selector))? else {
+                return Ok(None);
+            };
             let mut bytes = bytes.as_slice();
-            let (Some(version), Some(content)) = (number_at(&mut bytes), digest_at(&mut bytes)) else { return Ok(None) };
+            let (Some(version), Some(content)) = (number_at(&mut bytes), digest_at(&mut bytes)) else {
+                return Ok(None);
+            };
             Ok((t.current(record)? == version).then_some((RecordVersion { record, version }, content)))
         })
         .await
     }
 
     async fn linked(&self, tenant: &Tenant, link: LinkId) -> Result<bool, CacheError> {
-        self.with("read", tenant, move |t| Ok(t.0.note(&link_note(link))?.is_some())).await
+        self.with("read", tenant, move |t| Ok(t.0.note(&link_note(link))?.is_some()))
+            .await
     }
 
     async fn save(&self, tenant: &Tenant, save: Save<Ref>) -> Result<RecordVersion, CacheError> {
@@ -226,19 +263,38 @@ impl CacheStore<Ref> for StoreCache {
                 if !news.is_empty() {
                     t.0.set_notes(&news)?;
                 }
-                return Ok(RecordVersion { record, version: t.current(record)? });
+                return Ok(RecordVersion {
+                    record,
+                    version: t.current(record)?,
+                });
             };
             let key = Arc::unwrap_or_clone(save.parts);
             notes.push((current_note(record), run.to_be_bytes().to_vec()));
             if let Ok(text) = serde_json::to_vec(&key) {
                 notes.extend(key.ops.iter().map(|op| (nearest_note(*op), text.clone())));
             }
-            let unconditional = save.aliases.iter().filter(|a| a.while_current.is_empty()).map(|a| a.key.0);
+            let unconditional = save
+                .aliases
+                .iter()
+                .filter(|a| a.while_current.is_empty())
+                .map(|a| a.key.0);
             let keys = std::iter::once(record.0).chain(unconditional).collect();
-            let parts = serde_json::to_value(Parts { id: record, run, description: save.description, key })
-                .map_err(|e| StoreError::Invalid(format!("encode cache record: {e}")))?;
+            let parts = serde_json::to_value(Parts {
+                id: record,
+                run,
+                description: save.description,
+                key,
+            })
+            .map_err(|e| StoreError::Invalid(format!("encode cache record: {e}")))?;
             let outputs = outputs.to_vec();
-            t.0.save(NewRecord { keys, parts, outputs, aliases: Vec::new(), notes, created_at: Time::now() })?;
+            t.0.save(NewRecord {
+                keys,
+                parts,
+                outputs,
+                aliases: Vec::new(),
+                notes,
+                created_at: Time::now(),
+            })?;
             Ok(RecordVersion { record, version: run })
         })
         .await

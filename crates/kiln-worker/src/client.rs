@@ -40,14 +40,20 @@ pub struct Pin {
 
 impl fmt::Debug for Client {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Client").field("session", &self.session).finish_non_exhaustive()
+        f.debug_struct("Client")
+            .field("session", &self.session)
+            .finish_non_exhaustive()
     }
 }
 
 impl Client {
     /// A client by its session, with registries as seen by its credentials.
     pub fn new(session: SessionId, registry: kiln_registry::Client) -> Self {
-        Self { session, registry, found: Arc::default() }
+        Self {
+            session,
+            registry,
+            found: Arc::default(),
+        }
     }
 
     fn found(&self) -> MutexGuard<'_, Found> {
@@ -59,7 +65,9 @@ impl Client {
     pub fn offer(&self, providers: &Providers, blobs: impl IntoIterator<Item = Digest>, reporter: &Reporter) {
         let mut found = self.found();
         found.providers = found.providers.merged(providers);
-        found.reporters.extend(blobs.into_iter().map(|blob| (blob, reporter.clone())));
+        found
+            .reporters
+            .extend(blobs.into_iter().map(|blob| (blob, reporter.clone())));
     }
 
     /// Everything the sources of this job can provide.
@@ -85,5 +93,7 @@ impl Client {
 
 /// What all clients that wait for an operation can provide.
 pub(crate) fn providers_of(clients: &[Arc<Client>]) -> Providers {
-    clients.iter().fold(Providers::default(), |all, client| all.merged(&client.providers()))
+    clients
+        .iter()
+        .fold(Providers::default(), |all, client| all.merged(&client.providers()))
 }

@@ -33,7 +33,14 @@ pub struct OpError {
 impl OpError {
     /// An error of a kind.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), exit_code: None, personal: false, not_found: false, source: None }
+        Self {
+            kind,
+            message: message.into(),
+            exit_code: None,
+            personal: false,
+            not_found: false,
+            source: None,
+        }
     }
 
     /// The user asked for something that cannot be done.
@@ -43,7 +50,10 @@ impl OpError {
 
     /// The user names something that is not there.
     pub fn missing(message: impl Into<String>) -> Self {
-        Self { not_found: true, ..Self::user(message) }
+        Self {
+            not_found: true,
+            ..Self::user(message)
+        }
     }
 
     /// Something outside is out of reach.
@@ -53,7 +63,10 @@ impl OpError {
 
     /// A process ended with a code that means failure.
     pub fn exit(message: impl Into<String>, code: u32) -> Self {
-        Self { exit_code: Some(code), ..Self::user(message) }
+        Self {
+            exit_code: Some(code),
+            ..Self::user(message)
+        }
     }
 
     /// Marks the error as one of the client that was asked: other builds try with their own sessions.
@@ -65,13 +78,19 @@ impl OpError {
     /// Keeps the cause.
     #[must_use]
     pub fn because(self, source: impl Into<Cause>) -> Self {
-        Self { source: Some(source.into()), ..self }
+        Self {
+            source: Some(source.into()),
+            ..self
+        }
     }
 
     /// Puts `context: ` before the message.
     #[must_use]
     pub fn context(self, context: impl fmt::Display) -> Self {
-        Self { message: format!("{context}: {}", self.message), ..self }
+        Self {
+            message: format!("{context}: {}", self.message),
+            ..self
+        }
     }
 
     /// The exit code of the process that failed.
@@ -124,7 +143,11 @@ impl From<StoreError> for OpError {
         }
         // What one client cannot provide, another one perhaps can.
         let personal = is_provided(&error);
-        Self { not_found, personal, ..Self::new(kind, error.to_string()).because(error) }
+        Self {
+            not_found,
+            personal,
+            ..Self::new(kind, error.to_string()).because(error)
+        }
     }
 }
 
@@ -168,7 +191,10 @@ impl From<SessionError> for OpError {
             _ => ErrorKind::User,
         };
         let not_found = error.kind() == SessionErrorKind::NotFound;
-        Self { not_found, ..Self::new(kind, error.to_string()).personal().because(error) }
+        Self {
+            not_found,
+            ..Self::new(kind, error.to_string()).personal().because(error)
+        }
     }
 }
 
@@ -180,7 +206,11 @@ impl From<RegistryError> for OpError {
             _ => (ErrorKind::User, false),
         };
         let not_found = matches!(error.kind(), registry::ErrorKind::NotFound);
-        Self { personal, not_found, ..Self::new(kind, error.to_string()).because(error) }
+        Self {
+            personal,
+            not_found,
+            ..Self::new(kind, error.to_string()).because(error)
+        }
     }
 }
 

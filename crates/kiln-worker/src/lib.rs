@@ -2,9 +2,9 @@
 //!
 //! Tour: [`worker`] is what all operations share, [`client`] what a build brings along. [`key`] is the byte-exact part,
 //! what makes two operations the same; `content` is the digest of what an input holds. [`op`] has the operations and
-//! [`source`] the places where things come from, one file per kind; `mounts`, `cache_mounts`, `snapshot` and
-//! `surroundings` are what a process sees. [`cache_store`] keeps the solver's records in the store, `layers` leads from a result to its bytes, [`read`] looks into results for
-//! frontends. [`error`] says why an operation failed.
+//! [`source`] the places where things come from, one file per kind; `mounts`, `cache_mounts` and
+//! `surroundings` are what a process sees. [`cache_store`] keeps the solver's records in the store, `layers` leads from a
+//! result to its bytes, [`read`] looks into results for frontends. [`error`] says why an operation failed.
 //!
 //! Absent on purpose: when and whether an operation runs (the solver decides), the layout of bytes on disk (the store's),
 //! namespaces (the executor's), and anything about Dockerfiles.
@@ -19,7 +19,6 @@ mod layers;
 mod mounts;
 pub mod op;
 pub mod read;
-mod snapshot;
 pub mod source;
 mod surroundings;
 pub mod worker;

@@ -1,31 +1,44 @@
 //! From a step's mounts to what the executor mounts: snapshots that receive writes, layers to read, secrets, agents.
 
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
-use kiln_executor::{FileMount, MountFlags, MountKind, MountSpec, Overlay, RootMount};
+use kiln_executor::{FileMount, MountFlags, MountKind, MountSpec, Overlay, OverlayWritable, RootMount};
 use kiln_llb::op::{ExecMount, ExecOp, MountType, OutputIndex};
 use kiln_session::ssh::AgentSocket;
 use kiln_session::{SessionError, SessionErrorKind, SessionId, SessionManager};
 use kiln_solver::{TeardownGuard, WorkerError as _};
-use kiln_store::{ActiveSnapshot, LayerRef, Store, Tenant, View};
+use kiln_store::{
+    ActiveRoot, ActiveSnapshot, LayerRef, Mount, Native, OverlayFs, Snapshotter, Stop, Store, Tenant, View,
+};
 
 use crate::cache_mounts::TakenCache;
 use crate::error::OpError;
-use crate::snapshot;
 
 /// Everything a running step needs to stay, dropped when its process tree is dead and reaped.
 #[derive(Default)]
 pub(crate) struct Kept {
     pub(crate) views: Vec<View>,
+    /// Directories that read-only mounts needed.
+    pub(crate) scratch: Vec<ActiveSnapshot>,
     pub(crate) caches: Vec<TakenCache>,
     pub(crate) sockets: Vec<AgentSocket>,
     pub(crate) socket_dir: Option<tempfile::TempDir>,
     /// Taken out again when the step succeeded.
     pub(crate) written: Mutex<Vec<Written>>,
     pub(crate) _teardown: Option<TeardownGuard>,
+}
+
+impl Written {
+    /// The directory that holds what the step wrote.
+    pub(crate) fn writable_dir(&self) -> Option<&Path> {
+        match self.root.mount() {
+            Mount::Overlay { writable, .. } => writable.as_ref().map(|(upper, _)| upper.as_path()),
+            Mount::Bind { path, .. } => Some(path),
+        }
+    }
 }
 
 impl Kept {
@@ -38,6 +51,7 @@ impl Kept {
 /// A snapshot that receives what the step writes below one mount.
 pub(crate) struct Written {
     pub(crate) snapshot: ActiveSnapshot,
+    pub(crate) root: ActiveRoot,
     pub(crate) dest: String,
     /// The output that it becomes; without one it is thrown away.
     pub(crate) output: Option<OutputIndex>,
@@ -95,8 +109,9 @@ pub(crate) async fn ask_clients(
             None if variable.optional => Bytes::new(),
             None => return Err(missing_secret(&variable.id)),
         };
-        let value = std::str::from_utf8(&value)
-            .map_err(|_| OpError::user(format!("secret {} is not text and cannot be a variable", variable.id)).personal())?;
+        let value = std::str::from_utf8(&value).map_err(|_| {
+            OpError::user(format!("secret {} is not text and cannot be a variable", variable.id)).personal()
+        })?;
         got.variables.push(format!("{}={value}", variable.name));
     }
     Ok(got)
@@ -109,7 +124,9 @@ fn missing_secret(id: &str) -> OpError {
 async fn secret(sessions: &SessionManager, group: &[SessionId], id: &str) -> Result<Option<Bytes>, OpError> {
     let asked = sessions.any(group, |s| async move {
         // A session without the secret is no answer while another one may have it.
-        s.secret(id).await?.ok_or_else(|| SessionError::Unsupported(String::new()))
+        s.secret(id)
+            .await?
+            .ok_or_else(|| SessionError::Unsupported(String::new()))
     });
     match asked.await {
         Ok(value) => Ok(Some(value)),
@@ -135,94 +152,177 @@ pub(crate) struct Input {
     pub(crate) view: View,
 }
 
-/// Makes snapshots, sockets and the list of mounts. Blocks; `kept` receives whatever must live as long as the step.
-pub(crate) fn prepare(
-    store: &Arc<Store>,
-    tenant: &Tenant,
-    op: &ExecOp,
-    inputs: &[Option<Input>],
-    clients: &FromClients,
-    sessions: &SessionManager,
-    kept: &mut Kept,
-) -> Result<Mounts, OpError> {
+/// What mounts are made with and for.
+pub(crate) struct Making<'a> {
+    pub(crate) store: &'a Arc<Store>,
+    pub(crate) tenant: &'a Tenant,
+    pub(crate) sessions: &'a SessionManager,
+    pub(crate) inputs: &'a [Option<Input>],
+    pub(crate) clients: &'a FromClients,
+    pub(crate) stop: &'a Stop,
+    /// Receives whatever must live as long as the step.
+    pub(crate) kept: &'a mut Kept,
+}
+
+/// Makes snapshots, sockets and the list of mounts. Blocks.
+pub(crate) fn prepare(op: &ExecOp, mut making: Making<'_>) -> Result<Mounts, OpError> {
     let mut root = None;
     let mut below = Vec::new();
     let mut order: Vec<(usize, &ExecMount)> = op.mounts.iter().enumerate().collect();
     order.sort_by(|(_, a), (_, b)| a.dest.cmp(&b.dest));
     for (index, mount) in order {
-        let input = mount.input.and_then(|i| inputs.get(i as usize)).and_then(Option::as_ref);
-        match mount.mount_type {
-            MountType::Bind if mount.dest == "/" => {
-                root = Some(RootMount::Overlay(writable(store, tenant, mount, input, kept)?));
-            }
-            MountType::Bind => {
-                let selector = mount.selector.clone();
-                let fresh = !mount.readonly || input.is_none();
-                let kind = match input {
-                    Some(input) if !fresh => {
-                        kept.views.push(input.view.clone());
-                        MountKind::Overlay { overlay: reading(&input.view), selector }
-                    }
-                    input => MountKind::Overlay { overlay: writable(store, tenant, mount, input, kept)?, selector },
-                };
-                let spec = MountSpec::new(mount.dest.clone(), kind);
-                below.push(if mount.readonly { spec.readonly() } else { spec });
-            }
-            MountType::Cache => {
-                let Some(taken) = kept.caches.iter().find(|c| c.index == index) else { continue };
-                let source = taken.mount.path().to_owned();
-                let spec = MountSpec::new(mount.dest.clone(), MountKind::Bind { source, selector: mount.selector.clone() });
-                below.push(if mount.readonly { spec.readonly() } else { spec });
-            }
-            MountType::Tmpfs => {
-                let size = mount.tmpfs.as_ref().and_then(|t| u64::try_from(t.size).ok()).filter(|s| *s > 0);
-                let mut spec = MountSpec::new(mount.dest.clone(), MountKind::Tmpfs { size, mode: None });
-                spec.flags.nosuid = true;
-                below.push(spec);
-            }
-            MountType::Secret => {
-                let Some((_, value)) = clients.secrets.iter().find(|(i, _)| *i == index) else { continue };
-                let options = mount.secret.clone().unwrap_or_default();
-                let mode = options.mode & 0o777;
-                let file = FileMount { content: value.to_vec(), mode, uid: options.uid, gid: options.gid };
-                let flags = MountFlags { nosuid: true, nodev: true, noexec: mode & 0o111 == 0 };
-                below.push(MountSpec { dest: mount.dest.clone(), kind: MountKind::File(file), readonly: true, flags });
-            }
-            MountType::Ssh => {
-                let Some((_, session)) = clients.agents.iter().find(|(i, _)| *i == index) else { continue };
-                let source = agent_socket(mount, session, sessions, kept)?;
-                below.push(MountSpec::new(mount.dest.clone(), MountKind::Bind { source, selector: String::new() }));
-            }
+        if mount.mount_type == MountType::Bind && mount.dest == "/" {
+            root = Some(match making.writable(mount)? {
+                Mount::Overlay { lowers, writable } => RootMount::Overlay(overlay(lowers, writable)),
+                Mount::Bind { path, .. } => RootMount::Bind { path },
+            });
+        } else if let Some(spec) = making.mount(index, mount)? {
+            below.push(spec);
         }
     }
     let root = root.ok_or_else(|| OpError::user("the process has no root mount"))?;
     let root_readonly = op.mounts.iter().any(|m| m.dest == "/" && m.readonly);
-    Ok(Mounts { root, root_readonly, below })
+    Ok(Mounts {
+        root,
+        root_readonly,
+        below,
+    })
 }
 
-fn reading(view: &View) -> Overlay {
-    Overlay { lowers: snapshot::lowers(view), writable: None }
+impl Making<'_> {
+    /// One mount below the root; nothing for what is optional and absent.
+    fn mount(&mut self, index: usize, mount: &ExecMount) -> Result<Option<MountSpec>, OpError> {
+        let spec = match mount.mount_type {
+            MountType::Bind => {
+                // Read-only without an input: an empty directory, which is a fresh one.
+                let shown = match (mount.readonly, self.input(mount).cloned()) {
+                    (true, Some(input)) => self.reading(&input)?,
+                    _ => self.writable(mount)?,
+                };
+                let selector = mount.selector.clone();
+                let kind = match shown {
+                    Mount::Overlay { lowers, writable } => MountKind::Overlay {
+                        overlay: overlay(lowers, writable),
+                        selector,
+                    },
+                    Mount::Bind { path, .. } => MountKind::Bind { source: path, selector },
+                };
+                let spec = MountSpec::new(mount.dest.clone(), kind);
+                if mount.readonly { spec.readonly() } else { spec }
+            }
+            MountType::Cache => {
+                let Some(taken) = self.kept.caches.iter().find(|c| c.index == index) else {
+                    return Ok(None);
+                };
+                let source = taken.mount.path().to_owned();
+                let kind = MountKind::Bind {
+                    source,
+                    selector: mount.selector.clone(),
+                };
+                let spec = MountSpec::new(mount.dest.clone(), kind);
+                if mount.readonly { spec.readonly() } else { spec }
+            }
+            MountType::Tmpfs => {
+                let size = mount
+                    .tmpfs
+                    .as_ref()
+                    .and_then(|t| u64::try_from(t.size).ok())
+                    .filter(|s| *s > 0);
+                let mut spec = MountSpec::new(mount.dest.clone(), MountKind::Tmpfs { size, mode: None });
+                spec.flags.nosuid = true;
+                spec
+            }
+            MountType::Secret => {
+                let Some((_, value)) = self.clients.secrets.iter().find(|(i, _)| *i == index) else {
+                    return Ok(None);
+                };
+                let options = mount.secret.clone().unwrap_or_default();
+                let mode = options.mode & 0o777;
+                let file = FileMount {
+                    content: value.to_vec(),
+                    mode,
+                    uid: options.uid,
+                    gid: options.gid,
+                };
+                let flags = MountFlags {
+                    nosuid: true,
+                    nodev: true,
+                    noexec: mode & 0o111 == 0,
+                };
+                MountSpec {
+                    dest: mount.dest.clone(),
+                    kind: MountKind::File(file),
+                    readonly: true,
+                    flags,
+                }
+            }
+            MountType::Ssh => {
+                let Some((_, session)) = self.clients.agents.iter().find(|(i, _)| *i == index) else {
+                    return Ok(None);
+                };
+                let source = agent_socket(mount, session, self.sessions, self.kept)?;
+                MountSpec::new(
+                    mount.dest.clone(),
+                    MountKind::Bind {
+                        source,
+                        selector: String::new(),
+                    },
+                )
+            }
+        };
+        Ok(Some(spec))
+    }
+
+    fn input(&self, mount: &ExecMount) -> Option<&Input> {
+        self.inputs.get(mount.input? as usize)?.as_ref()
+    }
+
+    fn snapshotter(&self) -> &'static dyn Snapshotter {
+        if self.store.is_native() { &Native } else { &OverlayFs }
+    }
+
+    /// A new snapshot over the mount's input, writable.
+    fn writable(&mut self, mount: &ExecMount) -> Result<Mount, OpError> {
+        let (layer, view) = match self.input(mount) {
+            Some(input) => (Some(input.layer.clone()), input.view.clone()),
+            None => (None, View::scratch()),
+        };
+        let snapshot = self.store.new_active(self.tenant, layer.as_ref(), &view)?;
+        let root = self.snapshotter().prepare(&view, snapshot.builder()?, self.stop)?;
+        let shown = root.mount().clone();
+        let output = if mount.readonly { None } else { mount.output_index() };
+        self.kept
+            .written
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(Written {
+                snapshot,
+                root,
+                dest: mount.dest.clone(),
+                output,
+            });
+        self.kept.views.push(view);
+        Ok(shown)
+    }
+
+    /// An input as it is.
+    fn reading(&mut self, input: &Input) -> Result<Mount, OpError> {
+        let snapshot = self.store.new_active(self.tenant, None, &View::scratch())?;
+        let scratch = snapshot.dir().join("scratch");
+        std::fs::create_dir(&scratch)
+            .map_err(|e| OpError::internal(format!("cannot make a directory for a mount: {e}")).because(e))?;
+        let shown = self.snapshotter().read_only(&input.view, &scratch, self.stop)?;
+        self.kept.scratch.push(snapshot);
+        self.kept.views.push(input.view.clone());
+        Ok(shown)
+    }
 }
 
-/// A new snapshot over the input.
-fn writable(
-    store: &Arc<Store>,
-    tenant: &Tenant,
-    mount: &ExecMount,
-    input: Option<&Input>,
-    kept: &mut Kept,
-) -> Result<Overlay, OpError> {
-    let scratch = View::scratch();
-    let view = input.map_or(&scratch, |i| &i.view);
-    let snapshot = store.new_active(tenant, input.map(|i| &i.layer), view)?;
-    let overlay = snapshot::mount_overlay(&snapshot)?;
-    kept.views.push(view.clone());
-    let output = if mount.readonly { None } else { mount.output_index() };
-    kept.written
-        .get_mut()
-        .unwrap_or_else(PoisonError::into_inner)
-        .push(Written { snapshot, dest: mount.dest.clone(), output });
-    Ok(overlay)
+fn overlay(lowers: Vec<PathBuf>, writable: Option<(PathBuf, PathBuf)>) -> Overlay {
+    Overlay {
+        lowers,
+        writable: writable.map(|(upper, work)| OverlayWritable { upper, work }),
+    }
 }
 
 fn agent_socket(
@@ -235,13 +335,26 @@ fn agent_socket(
     let failed = |what: &str, e: std::io::Error| OpError::internal(format!("cannot {what} ssh agent socket: {e}"));
     if kept.socket_dir.is_none() {
         // Not in the state directory: paths of sockets are short.
-        kept.socket_dir = Some(tempfile::Builder::new().prefix("kiln-ssh-").tempdir().map_err(|e| failed("make", e))?);
+        kept.socket_dir = Some(
+            tempfile::Builder::new()
+                .prefix("kiln-ssh-")
+                .tempdir()
+                .map_err(|e| failed("make", e))?,
+        );
     }
-    let Some(dir) = &kept.socket_dir else { return Err(OpError::internal("no directory for sockets".to_owned())) };
+    let Some(dir) = &kept.socket_dir else {
+        return Err(OpError::internal("no directory for sockets".to_owned()));
+    };
     let path = dir.path().join(kept.sockets.len().to_string());
-    let session = sessions.try_get(session).ok_or_else(|| OpError::from(SessionError::NoActiveSessions))?;
+    let session = sessions
+        .try_get(session)
+        .ok_or_else(|| OpError::from(SessionError::NoActiveSessions))?;
     let socket = session.forward_agent(&options.id, path.clone())?;
-    let mode = if options.mode & 0o777 == 0 { 0o600 } else { options.mode & 0o777 };
+    let mode = if options.mode & 0o777 == 0 {
+        0o600
+    } else {
+        options.mode & 0o777
+    };
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).map_err(|e| failed("set mode of", e))?;
     std::os::unix::fs::chown(&path, Some(options.uid), Some(options.gid)).map_err(|e| failed("set owner of", e))?;
     kept.sockets.push(socket);

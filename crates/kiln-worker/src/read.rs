@@ -40,7 +40,13 @@ impl LlbWorker {
     }
 
     /// A regular file, whole or a range of it (offset and length; short at the end).
-    pub async fn read_file(&self, client: &Client, value: &Ref, path: &str, range: Option<(u64, u64)>) -> Result<Bytes> {
+    pub async fn read_file(
+        &self,
+        client: &Client,
+        value: &Ref,
+        path: &str,
+        range: Option<(u64, u64)>,
+    ) -> Result<Bytes> {
         let view = self.view(client, value).await?;
         let path = path.to_owned();
         blocking(move || {

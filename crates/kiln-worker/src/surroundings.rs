@@ -48,7 +48,11 @@ fn make_resolv_conf(
         text = resolved().unwrap_or(text);
     }
     let or_own = |own: &[String], found: Vec<&str>| -> Vec<String> {
-        if own.is_empty() { found.into_iter().map(str::to_owned).collect() } else { own.to_vec() }
+        if own.is_empty() {
+            found.into_iter().map(str::to_owned).collect()
+        } else {
+            own.to_vec()
+        }
     };
     let mut nameservers = or_own(&dns.nameservers, servers(&text));
     let search = or_own(&dns.search_domains, words(&text, "search"));
@@ -73,12 +77,17 @@ fn make_resolv_conf(
 }
 
 fn servers(text: &str) -> Vec<&str> {
-    text.lines().filter_map(|l| l.trim().strip_prefix("nameserver")?.split_whitespace().next()).collect()
+    text.lines()
+        .filter_map(|l| l.trim().strip_prefix("nameserver")?.split_whitespace().next())
+        .collect()
 }
 
 /// The words of the last line that begins with `key` (resolv.conf(5): the last counts).
 fn words<'a>(text: &'a str, key: &str) -> Vec<&'a str> {
-    let line = text.lines().rev().find_map(|l| l.trim().strip_prefix(key).filter(|r| r.starts_with([' ', '\t'])));
+    let line = text
+        .lines()
+        .rev()
+        .find_map(|l| l.trim().strip_prefix(key).filter(|r| r.starts_with([' ', '\t'])));
     line.map(|l| l.split_whitespace().collect()).unwrap_or_default()
 }
 
@@ -118,7 +127,12 @@ mod tests {
     use super::*;
 
     fn make(host: &str, dns: &DnsSettings, host_network: bool) -> String {
-        make_resolv_conf(host, || Some("nameserver 10.0.0.1\nsearch up.example\n".to_owned()), dns, host_network)
+        make_resolv_conf(
+            host,
+            || Some("nameserver 10.0.0.1\nsearch up.example\n".to_owned()),
+            dns,
+            host_network,
+        )
     }
 
     #[test]
@@ -126,19 +140,41 @@ mod tests {
         let none = DnsSettings::default();
         let host = "# mine\nnameserver 127.0.0.1\nnameserver 192.0.2.1\nsearch a b\noptions ndots:2\n";
         assert_eq!(make(host, &none, true), host);
-        assert_eq!(make(host, &none, false), "search a b\nnameserver 192.0.2.1\noptions ndots:2\n");
-        assert_eq!(make("nameserver 127.0.0.53\n", &none, false), "search up.example\nnameserver 10.0.0.1\n");
+        assert_eq!(
+            make(host, &none, false),
+            "search a b\nnameserver 192.0.2.1\noptions ndots:2\n"
+        );
+        assert_eq!(
+            make("nameserver 127.0.0.53\n", &none, false),
+            "search up.example\nnameserver 10.0.0.1\n"
+        );
         assert!(make("nameserver ::1\n", &none, false).starts_with("nameserver 8.8.8.8\nnameserver 8.8.4.4\n"));
-        let own = DnsSettings { nameservers: vec!["9.9.9.9".into()], ..none };
-        assert_eq!(make(host, &own, true), "search a b\nnameserver 9.9.9.9\noptions ndots:2\n");
+        let own = DnsSettings {
+            nameservers: vec!["9.9.9.9".into()],
+            ..none
+        };
+        assert_eq!(
+            make(host, &own, true),
+            "search a b\nnameserver 9.9.9.9\noptions ndots:2\n"
+        );
     }
 
     #[test]
     fn hosts_and_proxies() {
-        let extra = [HostIp { host: "db".into(), ip: "192.0.2.7".into() }];
+        let extra = [HostIp {
+            host: "db".into(),
+            ip: "192.0.2.7".into(),
+        }];
         let expected = "127.0.0.1\tlocalhost me\n::1\tlocalhost ip6-localhost ip6-loopback\n192.0.2.7\tdb\n";
         assert_eq!(hosts("me", &extra), expected);
-        let proxy = ProxyEnv { http_proxy: "http://p".into(), no_proxy: "x".into(), ..ProxyEnv::default() };
-        assert_eq!(proxy_variables(&proxy), ["HTTP_PROXY=http://p", "http_proxy=http://p", "NO_PROXY=x", "no_proxy=x"]);
+        let proxy = ProxyEnv {
+            http_proxy: "http://p".into(),
+            no_proxy: "x".into(),
+            ..ProxyEnv::default()
+        };
+        assert_eq!(
+            proxy_variables(&proxy),
+            ["HTTP_PROXY=http://p", "http_proxy=http://p", "NO_PROXY=x", "no_proxy=x"]
+        );
     }
 }

@@ -50,7 +50,9 @@ pub struct NetworkOptions {
 
 impl fmt::Debug for WorkerOptions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("WorkerOptions").field("platforms", &self.platforms).finish_non_exhaustive()
+        f.debug_struct("WorkerOptions")
+            .field("platforms", &self.platforms)
+            .finish_non_exhaustive()
     }
 }
 
@@ -74,7 +76,9 @@ pub struct Shared {
 
 impl fmt::Debug for Shared {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Shared").field("platforms", &self.platforms).finish_non_exhaustive()
+        f.debug_struct("Shared")
+            .field("platforms", &self.platforms)
+            .finish_non_exhaustive()
     }
 }
 
@@ -102,9 +106,27 @@ pub struct LlbWorker {
 impl LlbWorker {
     /// A worker over a store, an executor and the open sessions.
     pub fn new(options: WorkerOptions) -> Self {
-        let WorkerOptions { store, executor, sessions, platforms, network, cgroup_parent, rootless } = options;
-        let shared = Shared { store, executor, sessions, platforms, network, cgroup_parent, rootless };
-        Self { shared: Arc::new(shared) }
+        let WorkerOptions {
+            store,
+            executor,
+            sessions,
+            platforms,
+            network,
+            cgroup_parent,
+            rootless,
+        } = options;
+        let shared = Shared {
+            store,
+            executor,
+            sessions,
+            platforms,
+            network,
+            cgroup_parent,
+            rootless,
+        };
+        Self {
+            shared: Arc::new(shared),
+        }
     }
 
     /// The store results live in.

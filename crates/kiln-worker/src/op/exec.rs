@@ -9,13 +9,13 @@ use kiln_executor::{
 use kiln_llb::op::{ExecOp, InputIndex, MountType, NetMode, SecurityMode};
 use kiln_session::{SessionId, SessionManager};
 use kiln_solver::{ErrorKind, LogStream, OpContext, Reporter, Worker, WorkerError as _};
-use kiln_store::{LayerMeta, LayerRef, RealizeCtx, Stop, Store, StoreError, Tenant};
+use kiln_store::{LayerMeta, LayerRef, RealizeCtx, Stop, Store, Tenant};
 use tokio::sync::mpsc;
 
 use crate::cache_mounts;
-use crate::error::OpError;
-use crate::mounts::{self, Input, Kept, Mounts, Written};
-use crate::snapshot;
+use crate::error::{OpError, is_lost};
+use crate::layers::blocking;
+use crate::mounts::{self, Input, Kept, Making, Mounts, Written};
 use crate::surroundings::{self, DnsSettings};
 
 /// Host name of a process whose step names none.
@@ -79,19 +79,35 @@ impl ExecRunner {
         let clients = mounts::ask_clients(&self.sessions, group, op).await?;
         let realized = self.realize(op, inputs, realize).await?;
         let base = |m: &kiln_llb::op::ExecMount| {
-            let input = m.input.and_then(|i| realized.get(i as usize)).and_then(Option::as_ref)?;
+            let input = m
+                .input
+                .and_then(|i| realized.get(i as usize))
+                .and_then(Option::as_ref)?;
             Some((input.layer.clone(), input.view.clone()))
         };
         let caches = cache_mounts::take(&self.store, tenant, op, base).await?;
         let _permit = cx.permit().await;
 
-        let mut kept = Kept { caches, _teardown: cx.teardown(), ..Kept::default() };
+        let mut kept = Kept {
+            caches,
+            _teardown: cx.teardown(),
+            ..Kept::default()
+        };
         let spec = {
             let (store, tenant, op, inputs) = (Arc::clone(&self.store), tenant.clone(), op.clone(), realized.clone());
             let (sessions, runner) = (self.sessions.clone(), self.clone());
-            let made = blocking(move || {
-                let mounts = mounts::prepare(&store, &tenant, &op, &inputs, &clients, &sessions, &mut kept)?;
-                Ok((runner.spec(&op, mounts, clients.variables), kept))
+            let made = blocking(move |stop| {
+                let making = Making {
+                    store: &store,
+                    tenant: &tenant,
+                    sessions: &sessions,
+                    inputs: &inputs,
+                    clients: &clients,
+                    stop,
+                    kept: &mut kept,
+                };
+                let mounts = mounts::prepare(&op, making)?;
+                Ok::<_, OpError>((runner.spec(&op, mounts, clients.variables), kept))
             });
             let (spec, made) = made.await?;
             kept = made;
@@ -99,7 +115,10 @@ impl ExecRunner {
         };
         let kept = Arc::new(kept);
 
-        let report = self.execute(spec, cx.progress(), Arc::clone(&kept)).await.map_err(|e| failure(op, &e))?;
+        let report = self
+            .execute(spec, cx.progress(), Arc::clone(&kept))
+            .await
+            .map_err(|e| failure(op, &e))?;
         let code = report.exit_code;
         let valid = match op.meta.valid_exit_codes.as_slice() {
             [] => code == 0,
@@ -111,7 +130,7 @@ impl ExecRunner {
         }
         let recursive = op.meta.remove_mount_stubs_recursive;
         let description = op.meta.args.join(" ");
-        let committed = blocking(move || commit(written, &report.stubs, recursive, &description)).await?;
+        let committed = blocking(move |stop| commit(written, &report.stubs, recursive, &description, stop)).await?;
         drop(kept);
 
         let mut outputs: Vec<Option<LayerRef>> = vec![None; op.outputs() as usize];
@@ -140,15 +159,21 @@ impl ExecRunner {
     ) -> Result<Vec<Option<Input>>, ExecFailed> {
         let used = |index: usize| {
             let mounted = |m: &kiln_llb::op::ExecMount| {
-                matches!(m.mount_type, MountType::Bind | MountType::Cache) && m.input == InputIndex::try_from(index).ok()
+                matches!(m.mount_type, MountType::Bind | MountType::Cache)
+                    && m.input == InputIndex::try_from(index).ok()
             };
             op.mounts.iter().any(mounted)
         };
         let work = inputs.iter().enumerate().map(|(index, layer)| async move {
-            let Some(layer) = layer.as_ref().filter(|_| used(index)) else { return Ok(None) };
+            let Some(layer) = layer.as_ref().filter(|_| used(index)) else {
+                return Ok(None);
+            };
             match self.store.realize(Some(layer), ctx).await {
-                Ok(view) => Ok(Some(Input { layer: layer.clone(), view })),
-                Err(StoreError::BlobUnavailable { .. } | StoreError::NotFound { .. }) => Err(ExecFailed::InputLost(index)),
+                Ok(view) => Ok(Some(Input {
+                    layer: layer.clone(),
+                    view,
+                })),
+                Err(error) if is_lost(&error) => Err(ExecFailed::InputLost(index)),
                 Err(error) => Err(ExecFailed::Failed(error.into())),
             }
         });
@@ -163,7 +188,11 @@ impl ExecRunner {
             NetMode::Unset if self.settings.isolated_network => ProcessNet::None,
             NetMode::Unset => ProcessNet::Host,
         };
-        let hostname = if meta.hostname.is_empty() { HOST_NAME } else { &meta.hostname };
+        let hostname = if meta.hostname.is_empty() {
+            HOST_NAME
+        } else {
+            &meta.hostname
+        };
         let mut spec = ProcessSpec::new(mounts.root, meta.args.clone());
         spec.root_readonly = mounts.root_readonly;
         spec.mounts = mounts.below;
@@ -182,10 +211,17 @@ impl ExecRunner {
             SecurityMode::Sandbox => ProcessSecurity::Sandbox,
             SecurityMode::Insecure => ProcessSecurity::Insecure,
         };
-        let limit = |u: &kiln_llb::op::Ulimit| Ulimit { name: u.name.clone(), soft: u.soft, hard: u.hard };
+        let limit = |u: &kiln_llb::op::Ulimit| Ulimit {
+            name: u.name.clone(),
+            soft: u.soft,
+            hard: u.hard,
+        };
         spec.ulimits = meta.ulimit.iter().map(limit).collect();
-        spec.cgroup_parent =
-            if meta.cgroup_parent.is_empty() { self.settings.cgroup_parent.clone() } else { meta.cgroup_parent.clone() };
+        spec.cgroup_parent = if meta.cgroup_parent.is_empty() {
+            self.settings.cgroup_parent.clone()
+        } else {
+            meta.cgroup_parent.clone()
+        };
         spec.resources = self.settings.resources.clone();
         spec
     }
@@ -195,8 +231,11 @@ impl ExecRunner {
         let (out, stdout) = mpsc::channel(4);
         let (err, stderr) = mpsc::channel(4);
         let run = self.executor.run(spec, ProcessIo::channels(out, err), Held::new(kept));
-        let (report, (), ()) =
-            tokio::join!(run, write_log(stdout, LogStream::Stdout, log), write_log(stderr, LogStream::Stderr, log));
+        let (report, (), ()) = tokio::join!(
+            run,
+            write_log(stdout, LogStream::Stdout, log),
+            write_log(stderr, LogStream::Stderr, log)
+        );
         report
     }
 }
@@ -213,32 +252,31 @@ async fn write_log(mut chunks: mpsc::Receiver<bytes::Bytes>, stream: LogStream, 
     }
 }
 
-/// Runs blocking work; a dropped future lets it finish and drops what it made.
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, OpError> + Send + 'static,
-) -> Result<T, OpError> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(result) => result,
-        Err(error) => Err(OpError::internal("a task of the daemon ended abnormally".to_owned()).because(error)),
-    }
-}
-
 /// Clears mount targets away and turns snapshots that are outputs into layers. The others are dropped.
 fn commit(
     written: Vec<Written>,
     stubs: &[Stub],
     recursive: bool,
     description: &str,
+    stop: &Stop,
 ) -> Result<Vec<(u32, LayerRef)>, OpError> {
     let mut layers = Vec::new();
-    for Written { snapshot, dest, output } in written {
-        let Some(output) = output else { continue };
-        if dest == "/" {
-            clean_stubs(&snapshot::files(&snapshot), stubs, recursive)
+    for written in written {
+        let Some(output) = written.output else { continue };
+        if written.dest == "/"
+            && let Some(dir) = written.writable_dir()
+        {
+            clean_stubs(dir, stubs, recursive)
                 .map_err(|e| OpError::internal(format!("cannot remove mount targets: {e}")).because(e))?;
         }
-        snapshot::seal(&snapshot, &Stop::new())?;
-        let meta = LayerMeta { description: format!("mount {dest} from exec {description}"), ..LayerMeta::default() };
+        let Written {
+            snapshot, root, dest, ..
+        } = written;
+        root.seal(stop)?;
+        let meta = LayerMeta {
+            description: format!("mount {dest} from exec {description}"),
+            ..LayerMeta::default()
+        };
         layers.push((output, snapshot.commit(meta)?));
     }
     Ok(layers)
@@ -246,7 +284,10 @@ fn commit(
 
 /// `process "…" did not complete successfully`.
 fn unsuccessful(op: &ExecOp) -> String {
-    format!("process {} did not complete successfully", quote(&op.meta.args.join(" ")))
+    format!(
+        "process {} did not complete successfully",
+        quote(&op.meta.args.join(" "))
+    )
 }
 
 fn exit_error(op: &ExecOp, report: &ExitReport) -> OpError {
@@ -260,14 +301,21 @@ fn exit_error(op: &ExecOp, report: &ExitReport) -> OpError {
 /// What kept a process from running, or from being watched to its end.
 fn failure(op: &ExecOp, error: &ExecError) -> OpError {
     let kind = match error {
-        ExecError::Setup { step: Step::User | Step::Exec | Step::Source | Step::Cwd | Step::Target | Step::Ulimit, .. }
+        ExecError::Setup {
+            step: Step::User | Step::Exec | Step::Source | Step::Cwd | Step::Target | Step::Ulimit,
+            ..
+        }
         | ExecError::Invalid(_) => ErrorKind::User,
         _ => ErrorKind::Internal,
     };
     let text = format!("{}: {error}", unsuccessful(op));
     match error {
         // What a shell answers.
-        ExecError::Setup { step: Step::Exec, errno: ENOENT, .. } => OpError::exit(text, 127),
+        ExecError::Setup {
+            step: Step::Exec,
+            errno: ENOENT,
+            ..
+        } => OpError::exit(text, 127),
         ExecError::Setup { step: Step::Exec, .. } => OpError::exit(text, 126),
         _ => OpError::new(kind, text),
     }
@@ -308,13 +356,19 @@ mod tests {
 
     #[test]
     fn quoting_is_gos() {
-        assert_eq!(quote("/bin/sh -c echo \"a\\b\"\n\ttrue é \u{1}"), "\"/bin/sh -c echo \\\"a\\\\b\\\"\\n\\ttrue é \\x01\"");
+        assert_eq!(
+            quote("/bin/sh -c echo \"a\\b\"\n\ttrue é \u{1}"),
+            "\"/bin/sh -c echo \\\"a\\\\b\\\"\\n\\ttrue é \\x01\""
+        );
     }
 
     #[test]
     fn failures_say_what_the_reference_says() {
         let mut op = ExecOp::default();
         op.meta.args = vec!["/bin/sh".into(), "-c".into(), "exit 3".into()];
-        assert_eq!(unsuccessful(&op), "process \"/bin/sh -c exit 3\" did not complete successfully");
+        assert_eq!(
+            unsuccessful(&op),
+            "process \"/bin/sh -c exit 3\" did not complete successfully"
+        );
     }
 }

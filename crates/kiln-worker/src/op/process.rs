@@ -28,7 +28,9 @@ pub struct ExecOperation {
 
 impl std::fmt::Debug for ExecOperation {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("ExecOperation").field("key", &self.key).finish_non_exhaustive()
+        f.debug_struct("ExecOperation")
+            .field("key", &self.key)
+            .finish_non_exhaustive()
     }
 }
 
@@ -52,10 +54,20 @@ impl ExecOperation {
                     search_domains: shared.network.search.clone(),
                 },
                 cgroup_parent: shared.cgroup_parent.clone(),
-                resources: vertex.metadata.linux_resources.as_ref().map(resources).unwrap_or_default(),
+                resources: vertex
+                    .metadata
+                    .linux_resources
+                    .as_ref()
+                    .map(resources)
+                    .unwrap_or_default(),
             },
         };
-        Ok(Self { op: op.clone(), runner, key, worker })
+        Ok(Self {
+            op: op.clone(),
+            runner,
+            key,
+            worker,
+        })
     }
 }
 
@@ -82,7 +94,12 @@ impl Op<LlbWorker> for ExecOperation {
         Ok(super::cache_map(&self.key))
     }
 
-    async fn content_digest(&self, input: usize, value: &Option<LayerRef>, cx: &OpContext<LlbWorker>) -> OpResult<Digest> {
+    async fn content_digest(
+        &self,
+        input: usize,
+        value: &Option<LayerRef>,
+        cx: &OpContext<LlbWorker>,
+    ) -> OpResult<Digest> {
         super::content_digest(&self.worker, &self.key, input, value.as_ref(), cx).await
     }
 
@@ -94,7 +111,10 @@ impl Op<LlbWorker> for ExecOperation {
                 group.push(client.session.clone());
             }
         }
-        let ran = self.runner.run(&self.op, inputs, cx, &tenant, &group, &realize_ctx(cx)).await;
+        let ran = self
+            .runner
+            .run(&self.op, inputs, cx, &tenant, &group, &realize_ctx(cx))
+            .await;
         ran.map_err(|error| match error {
             ExecFailed::InputLost(input) => ExecFailure::InputLost(input),
             ExecFailed::Failed(error) => ExecFailure::Failed(error),
