@@ -87,7 +87,7 @@ pub fn normalise(selectors: Vec<Selector>) -> Vec<Selector> {
         let covered = |p: &[u8]| paths.iter().any(|(other, _)| is_below(p, other));
         out.extend(paths.iter().filter(|(p, _)| !covered(p)).map(|(_, s)| s.clone()));
     }
-    out.sort_by(|a, b| a.clean().cmp(&b.clean()));
+    out.sort_by_cached_key(Selector::clean);
     out
 }
 

@@ -13,6 +13,11 @@ use kiln_store::{
 };
 use tempfile::TempDir;
 
+/// Which attribute this process may write: the suite also runs inside a user namespace.
+fn overlay_xattr() -> OverlayXattr {
+    OverlayXattr::detect(&kiln_fs::Dir::open_ambient(std::env::temp_dir()).unwrap())
+}
+
 struct Lab(TempDir, std::cell::Cell<u32>);
 
 impl Lab {
@@ -28,7 +33,7 @@ impl Lab {
     }
 
     fn builder(&self) -> TreeBuilder {
-        TreeBuilder::create(self.dir(), OverlayXattr::Trusted).unwrap()
+        TreeBuilder::create(self.dir(), overlay_xattr()).unwrap()
     }
 
     fn base(&self) -> View {
@@ -84,6 +89,9 @@ impl Mounted {
                 );
                 if let Some((upper, work)) = writable {
                     options += &format!(",upperdir={},workdir={}", upper.display(), work.display());
+                }
+                if overlay_xattr() == OverlayXattr::User {
+                    options += ",userxattr";
                 }
                 let done = Command::new("mount")
                     .args(["-t", "overlay", "overlay", "-o", &options])

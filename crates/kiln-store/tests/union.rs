@@ -15,6 +15,11 @@ use kiln_store::{
 };
 use tempfile::TempDir;
 
+/// Which attribute this process may write: the suite also runs inside a user namespace.
+fn overlay_xattr() -> OverlayXattr {
+    OverlayXattr::detect(&kiln_fs::Dir::open_ambient(std::env::temp_dir()).unwrap())
+}
+
 struct Lab(TempDir, std::cell::Cell<u32>);
 
 impl Lab {
@@ -30,7 +35,7 @@ impl Lab {
     }
 
     fn builder(&self) -> TreeBuilder {
-        TreeBuilder::create(self.dir("tree"), OverlayXattr::Trusted).unwrap()
+        TreeBuilder::create(self.dir("tree"), overlay_xattr()).unwrap()
     }
 
     fn write(&self, base: &View, actions: impl FnOnce(&mut FileWriter) -> Result<()>) -> Result<Tree> {
@@ -579,6 +584,9 @@ impl Overlay {
                 lab.dir("up").display(),
                 lab.dir("work").display()
             );
+        }
+        if overlay_xattr() == OverlayXattr::User {
+            options += ",userxattr";
         }
         let done = Command::new("mount")
             .args(["-t", "overlay", "overlay", "-o", &options])

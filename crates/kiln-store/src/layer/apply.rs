@@ -9,15 +9,15 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Read};
 use std::sync::Arc;
 
-use crossbeam_channel::{Receiver, Sender, bounded};
+use crossbeam_channel::bounded;
 use kiln_fs::xattr::{Xattrs, kept_from_layer};
 use kiln_fs::{Dir, Stop};
-use kiln_oci::{DiffId, Digest};
+use kiln_oci::DiffId;
 
-use crate::compress::unpack;
 use crate::error::{Result, StoreError};
 use crate::files::{FileJob, Writers};
 use crate::layer::read::{Member, MemberKind, TarReader};
+use crate::layer::stream::{ChunkReader, Counted, read_error, unpack_and_hash};
 use crate::manifest::{Entry, Kind, base, join, parent};
 use crate::tree::{Tree, TreeBuilder, os_path};
 use crate::view::{View, clean_rooted, resolve};
@@ -68,10 +68,7 @@ pub fn apply(input: impl Read + Send, out: TreeBuilder, options: &ApplyOptions<'
     std::thread::scope(|scope| {
         let hashing = scope.spawn(move || unpack_and_hash(counted, &chunks, stop));
         let written = Writers::run(threads, stop, |writers| {
-            let mut stream = ChunkReader {
-                chunks: stream,
-                current: io::Cursor::new(Vec::new()),
-            };
+            let mut stream = ChunkReader::new(stream);
             let mut layer = Layer::new(&out, options.lower, writers)?;
             let mut archive = TarReader::new(&mut stream);
             layer.members(&mut archive, stop)?;
@@ -94,83 +91,6 @@ pub fn apply(input: impl Read + Send, out: TreeBuilder, options: &ApplyOptions<'
             }),
         }
     })
-}
-
-fn unpack_and_hash(input: impl Read + Send, out: &Sender<Vec<u8>>, stop: &Stop) -> Result<(DiffId, u64)> {
-    let (_, mut reader) = unpack(input).map_err(read_error)?;
-    let mut hasher = kiln_oci::digest::Hasher::new();
-    let mut size = 0u64;
-    loop {
-        stop.check()?;
-        let mut chunk = Vec::with_capacity(CHUNK);
-        reader
-            .by_ref()
-            .take(CHUNK as u64)
-            .read_to_end(&mut chunk)
-            .map_err(read_error)?;
-        if chunk.is_empty() {
-            let digest: Digest = hasher.finish();
-            return Ok((DiffId(digest), size));
-        }
-        hasher.update(&chunk);
-        size += chunk.len() as u64;
-        if out.send(chunk).is_err() {
-            // The writing side gave up and has the reason.
-            return Err(StoreError::Canceled);
-        }
-    }
-}
-
-const CHUNK: usize = 256 << 10;
-
-fn read_error(e: io::Error) -> StoreError {
-    match e.kind() {
-        io::ErrorKind::InvalidData | io::ErrorKind::InvalidInput | io::ErrorKind::UnexpectedEof => {
-            StoreError::Invalid(format!("layer archive: {e}"))
-        }
-        _ => StoreError::io("read", "layer archive", e),
-    }
-}
-
-struct Counted<'a, R> {
-    input: R,
-    read: u64,
-    told: u64,
-    progress: Option<&'a (dyn Fn(u64) + Sync)>,
-}
-
-impl<R: Read> Read for Counted<'_, R> {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        let n = self.input.read(buf)?;
-        self.read += n as u64;
-        if let Some(tell) = self.progress
-            && (n == 0 || self.read - self.told >= CHUNK as u64)
-        {
-            self.told = self.read;
-            tell(self.read);
-        }
-        Ok(n)
-    }
-}
-
-struct ChunkReader {
-    chunks: Receiver<Vec<u8>>,
-    current: io::Cursor<Vec<u8>>,
-}
-
-impl Read for ChunkReader {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        loop {
-            let n = self.current.read(buf)?;
-            if n > 0 || buf.is_empty() {
-                return Ok(n);
-            }
-            match self.chunks.recv() {
-                Ok(chunk) => self.current = io::Cursor::new(chunk),
-                Err(_) => return Ok(0),
-            }
-        }
-    }
 }
 
 /// Key that sorts paths by their elements.

@@ -8,7 +8,9 @@
 
 pub mod apply;
 pub mod diff;
+mod fields;
 pub mod read;
+mod stream;
 pub mod write;
 
 pub use apply::{Applied, ApplyOptions, apply};

@@ -10,12 +10,14 @@
 //! - [`extract`]: unpacking an archive (ADD).
 //! - [`owner`]: owners by name, from the passwd and group files of a view.
 //! - [`chmod`]: modes in the syntax of chmod(1).
+//! - [`seal`]: what every new tree goes through in the end.
 //! - [`stack`]: the difference of two views as a tree.
 
 pub mod chmod;
 pub mod copy;
 pub mod extract;
 pub mod owner;
+pub(crate) mod seal;
 pub mod stack;
 
 use std::collections::BTreeMap;
@@ -25,15 +27,15 @@ use kiln_fs::xattr::Xattrs;
 use kiln_fs::{Dir, Stop, Timestamp};
 
 use crate::error::{Result, StoreError};
-use crate::files::{FileJob, finish_dirs};
-use crate::layer::diff::spelled_out_whiteouts;
-use crate::manifest::{Entry, Kind, Manifest, base, is_below, join, parent};
+use crate::files::FileJob;
+use crate::manifest::{Entry, Kind, base, is_below, join, parent};
 use crate::tree::{Tree, TreeBuilder, os_path};
 use crate::view::{Node, View, clean_rooted, resolve};
 
 pub use chmod::ModeChange;
 pub use copy::CopySpec;
 pub use owner::{Owner, OwnerSpec, UserSpec};
+pub(crate) use seal::{same_content, seal_entries};
 
 /// Writes one new tree over a view.
 #[derive(Debug)]
@@ -224,33 +226,33 @@ impl FileWriter {
     /// # Errors
     /// If it does not exist or is no directory.
     pub(crate) fn enter(&mut self, path: &[u8]) -> Result<Place> {
-        let seen = self
-            .look(path)
-            .ok_or_else(|| path_error("open", path, "no such file or directory"))?;
-        if !seen.entry.kind.is_dir() {
-            return Err(path_error("open", path, "not a directory"));
+        let mut seen = self.root_seen();
+        let mut so_far: Vec<u8> = Vec::new();
+        for name in path.split(|b| *b == b'/').filter(|n| !n.is_empty()) {
+            let next = self.step(&so_far, name, seen.lower.as_ref());
+            so_far = join(&so_far, name);
+            seen = next.ok_or_else(|| path_error("open", &so_far, "no such file or directory"))?;
+            if !seen.entry.kind.is_dir() {
+                return Err(path_error("open", &so_far, "not a directory"));
+            }
+            if !seen.upper {
+                self.out.fs().create_dir(os_path(&so_far), 0o700)?;
+                let path = so_far.clone().into();
+                self.insert(Entry {
+                    path,
+                    opaque: false,
+                    unchanged: true,
+                    link_group: 0,
+                    ..seen.entry.clone()
+                });
+            }
         }
-        if !seen.upper {
-            let above = self.enter(parent(path))?;
-            above.handle.create_dir(os_path(base(path)), 0o700)?;
-            let entry = Entry {
-                opaque: false,
-                unchanged: true,
-                link_group: 0,
-                ..seen.entry
-            };
-            self.insert(Entry {
-                path: path.into(),
-                ..entry
-            });
-        }
-        let handle = if path.is_empty() {
-            self.out.fs().clone()
-        } else {
-            Arc::new(self.out.fs().open_dir(os_path(path))?)
+        let handle = match path {
+            b"" => self.out.fs().clone(),
+            _ => Arc::new(self.out.fs().open_dir(os_path(path))?),
         };
         Ok(Place {
-            path: path.to_vec(),
+            path: so_far,
             lower: seen.lower,
             handle,
         })
@@ -505,98 +507,6 @@ impl FileWriter {
             Some(kiln_fs::parallel::default_threads()),
             stop,
         )
-    }
-}
-
-/// The common end of every tree written over a view: opaque directories are spelled out, entries that equal what is below
-/// are noted, directories get their metadata if `finish_with` threads are given, and the manifest is written.
-pub(crate) fn seal_entries(
-    below: &View,
-    out: TreeBuilder,
-    entries: Vec<Entry>,
-    finish_with: Option<usize>,
-    stop: &Stop,
-) -> Result<Tree> {
-    let manifest = Manifest::new(entries)?;
-    let hidden = spelled_out_whiteouts(&manifest, below);
-    let mut entries = manifest.into_entries();
-    let was_opaque: Vec<Vec<u8>> = entries.iter().filter(|e| e.opaque).map(|e| e.path.to_vec()).collect();
-    for path in &hidden {
-        stop.check()?;
-        out.put_whiteout(path)?;
-        entries.push(Entry::whiteout(path.clone()));
-    }
-    for path in was_opaque {
-        // Marked on disk only where a mounted overlay did it; the attribute goes, the whiteouts stay.
-        out.fs().remove_xattr(os_path(&path), out.overlay_xattr().opaque())?;
-    }
-    for entry in &mut entries {
-        stop.check()?;
-        entry.opaque = false;
-        if entry.kind != Kind::Whiteout && !entry.path.is_empty() {
-            entry.unchanged = match below.lookup(&entry.path) {
-                Some(node) => same_as_below(&out, entry, below, &node, stop)?,
-                None => false,
-            };
-        }
-    }
-    // The hidden paths' directories were touched, so metadata comes last in any case.
-    let touched: std::collections::HashSet<&[u8]> = hidden.iter().map(|p| parent(p)).collect();
-    let dirs: Vec<&Entry> = entries
-        .iter()
-        .filter(|e| e.kind.is_dir() && (finish_with.is_some() || touched.contains(&e.path[..])))
-        .collect();
-    finish_dirs(&out, &dirs, finish_with.unwrap_or(1), stop)?;
-    out.finish(entries)
-}
-
-/// Whether an entry of a new tree is what the layers below show anyway: same kind, mode, owner, device, link text and
-/// capabilities; for files also size, time and content. Times of directories do not count.
-fn same_as_below(out: &TreeBuilder, entry: &Entry, below: &View, node: &Node, stop: &Stop) -> Result<bool> {
-    use kiln_fs::xattr::SECURITY_CAPABILITY;
-    let other = below.entry(node);
-    let same = entry.kind == other.kind
-        && (entry.mode, entry.uid, entry.gid, entry.rdev) == (other.mode, other.uid, other.gid, other.rdev)
-        && entry.xattr(SECURITY_CAPABILITY) == other.xattr(SECURITY_CAPABILITY);
-    if !same || entry.kind.is_dir() {
-        return Ok(same);
-    }
-    if entry.mtime != other.mtime || entry.size != other.size || entry.target != other.target {
-        return Ok(false);
-    }
-    if entry.kind != Kind::Regular || entry.size == 0 {
-        return Ok(true);
-    }
-    let mine = out.fs().open_regular(os_path(&entry.path))?;
-    same_content(&mine, &below.open(node)?, stop)
-}
-
-pub(crate) fn same_content(a: &std::fs::File, b: &std::fs::File, stop: &Stop) -> Result<bool> {
-    use std::os::unix::fs::FileExt;
-    let (mut x, mut y) = (vec![0u8; 128 << 10], vec![0u8; 128 << 10]);
-    let full = |f: &std::fs::File, buf: &mut [u8], at: u64| -> Result<usize> {
-        let mut n = 0;
-        while let Some(rest) = buf.get_mut(n..).filter(|r| !r.is_empty()) {
-            match f.read_at(rest, at + n as u64) {
-                Ok(0) => break,
-                Ok(k) => n += k,
-                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
-                Err(e) => return Err(StoreError::io("read", "compared file", e)),
-            }
-        }
-        Ok(n)
-    };
-    let mut at = 0;
-    loop {
-        stop.check()?;
-        let (n, m) = (full(a, &mut x, at)?, full(b, &mut y, at)?);
-        if n != m || x.get(..n) != y.get(..m) {
-            return Ok(false);
-        }
-        if n < x.len() {
-            return Ok(true);
-        }
-        at += n as u64;
     }
 }
 
