@@ -8,7 +8,8 @@ use kiln_oci::ChainId;
 
 use crate::error::{IoContext as _, Result, StoreError};
 use crate::ids::{DirId, LayerId, Tenant, Time, TreeId};
-use crate::layer_ref::{LayerMeta, LayerRecord, LayerRef, TreeEntry, TreeRecord};
+use crate::layer_ref::{LayerMeta, LayerRef};
+use crate::layer_table::{LayerRecord, TreeEntry, TreeRecord};
 use crate::ledger::Area;
 use crate::record_file;
 use crate::store::Store;

@@ -8,6 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use kiln_fs::{Dir, Links, Stop};
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
@@ -55,6 +56,10 @@ pub(crate) struct MountRecord {
     pub(crate) created_at: Time,
     pub(crate) last_used: Time,
     pub(crate) count: u64,
+    /// Written since it was last recorded at rest: after a power cut it is not believed.
+    pub(crate) dirty: bool,
+    /// Epoch in which it was recorded.
+    pub(crate) epoch: u64,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -180,6 +185,8 @@ impl Table {
                 created_at: now,
                 last_used: now,
                 count: 0,
+                dirty: true,
+                epoch: 0,
             };
             let used = if request.sharing == Sharing::Shared {
                 Use::Together(1)
@@ -262,6 +269,7 @@ impl Store {
 
     fn prepare_mount(self: &Arc<Self>, mount: &CacheMount, request: &CacheMountRequest) -> Result<()> {
         let dir = self.dir.part("cache-mounts").join(mount.id.as_str());
+        let writing = self.epochs.enter();
         let record = {
             let mut instances = self.cache_mounts.instances.lock();
             let Some(instance) = instances.get_mut(&mount.id) else {
@@ -269,13 +277,16 @@ impl Store {
             };
             instance.record.last_used = Time::now();
             instance.record.count += 1;
+            instance.record.dirty = true;
+            instance.record.epoch = writing.epoch();
             instance.record.clone()
         };
         if mount.new {
             fs::create_dir(&dir).during("create", &dir)?;
             fs::create_dir(&mount.path).during("create", &mount.path)?;
             if let Some((_, view)) = &request.base {
-                crate::materialize::copy_view(view, &mount.path)?;
+                let files = Dir::open_ambient(&mount.path)?.with_links(Links::Refuse);
+                crate::snapshot::native::materialise(view, &Arc::new(files), &Stop::new())?;
             }
         }
         record_file::write(&dir.join("record"), &record)?;
@@ -283,11 +294,18 @@ impl Store {
     }
 
     /// Reads what an earlier process left.
-    pub(crate) fn open_cache_mounts(&self) -> Result<()> {
+    pub(crate) fn open_cache_mounts(&self, trusted: u64) -> Result<()> {
         let root = self.dir.part("cache-mounts");
         for entry in fs::read_dir(&root).during("list", &root)? {
             let path = entry.during("list", &root)?.path();
             match record_file::read::<MountRecord>(&path.join("record")) {
+                Ok(record) if trusted < u64::MAX && (record.dirty || record.epoch > trusted) => {
+                    tracing::info!(
+                        name = record.name,
+                        "a cache mount that was in use at a power cut is removed"
+                    );
+                    self.trash.discard(self, &path, Area::CacheMounts, 0)?;
+                }
                 Ok(record) if path.ends_with(record.id.as_str()) => {
                     let disk = disk_usage(&path)?;
                     self.ledger.add(Area::CacheMounts, disk);
@@ -327,12 +345,24 @@ impl Store {
             if stop.is_stopped() {
                 return;
             }
-            let measured = disk_usage(&self.dir.part("cache-mounts").join(id.as_str())).unwrap_or(0);
+            let dir = self.dir.part("cache-mounts").join(id.as_str());
+            let measured = disk_usage(&dir).unwrap_or(0);
+            let writing = self.epochs.enter();
             let mut instances = self.cache_mounts.instances.lock();
-            if let Some(instance) = instances.get_mut(&id) {
-                self.ledger.add(Area::CacheMounts, measured);
-                self.ledger.sub(Area::CacheMounts, instance.disk);
-                instance.disk = measured;
+            let Some(instance) = instances.get_mut(&id).filter(|i| i.used != Use::Dying) else {
+                continue;
+            };
+            self.ledger.add(Area::CacheMounts, measured);
+            self.ledger.sub(Area::CacheMounts, instance.disk);
+            instance.disk = measured;
+            if instance.used != Use::Free {
+                continue;
+            }
+            instance.record.dirty = false;
+            instance.record.epoch = writing.epoch();
+            // Under the lock: a user who takes it now must write its own record after this one.
+            if let Err(error) = record_file::write(&dir.join("record"), &instance.record) {
+                tracing::debug!(%error, "a cache mount could not be recorded at rest");
             }
         }
     }

@@ -32,6 +32,10 @@ pub(crate) struct ContextRecord {
     pub(crate) created_at: Time,
     pub(crate) last_used: Time,
     pub(crate) count: u64,
+    /// Written since it was last recorded at rest: after a power cut it is not believed.
+    pub(crate) dirty: bool,
+    /// Epoch in which it was recorded.
+    pub(crate) epoch: u64,
 }
 
 #[derive(Debug)]
@@ -214,6 +218,8 @@ impl Store {
                         created_at: now,
                         last_used: now,
                         count: 1,
+                        dirty: true,
+                        epoch: 0,
                     };
                     let held = Held {
                         record,
@@ -248,7 +254,7 @@ impl Store {
             fs::create_dir(&files).during("create", &files)?;
             if let Some(source) = &copy_from {
                 let from = root.join(source.id.as_str());
-                crate::materialize::copy_dir(&from.join("fs"), &files, stop)?;
+                crate::copy_dir::copy_dir(&from.join("fs"), &files, stop)?;
                 let state = from.join("state");
                 if state.exists() {
                     fs::copy(&state, dir.state_path()).during("copy", &state)?;
@@ -266,7 +272,12 @@ impl Store {
     }
 
     fn write_context_record(&self, dir: &ContextDir) -> Result<()> {
-        let record = self.contexts.0.lock().get(&dir.id).map(|h| h.record.clone());
+        let writing = self.epochs.enter();
+        let record = self.contexts.0.lock().get_mut(&dir.id).map(|held| {
+            held.record.dirty = true;
+            held.record.epoch = writing.epoch();
+            held.record.clone()
+        });
         if let Some(record) = record {
             record_file::write(&dir.dir.join("record"), &record)?;
         }
@@ -293,14 +304,19 @@ impl Store {
     }
 
     /// Reads what an earlier process left.
-    pub(crate) fn open_contexts(&self) -> Result<()> {
+    pub(crate) fn open_contexts(&self, trusted: u64) -> Result<()> {
         let root = self.dir.part("contexts");
         let mut found: Vec<(ContextRecord, u64)> = Vec::new();
         for entry in fs::read_dir(&root).during("list", &root)? {
             let path = entry.during("list", &root)?.path();
             let record = record_file::read::<ContextRecord>(&path.join("record"));
             match record {
-                Ok(record) if path.ends_with(record.id.as_str()) => found.push((record, disk_usage(&path)?)),
+                Ok(record)
+                    if path.ends_with(record.id.as_str())
+                        && (trusted == u64::MAX || (!record.dirty && record.epoch <= trusted)) =>
+                {
+                    found.push((record, disk_usage(&path)?));
+                }
                 _ => self.trash.discard(self, &path, Area::Contexts, 0)?,
             }
         }
@@ -347,12 +363,24 @@ impl Store {
             if stop.is_stopped() {
                 return;
             }
-            let measured = disk_usage(&self.dir.part("contexts").join(id.as_str())).unwrap_or(0);
+            let dir = self.dir.part("contexts").join(id.as_str());
+            let measured = disk_usage(&dir).unwrap_or(0);
+            let writing = self.epochs.enter();
             let mut table = self.contexts.0.lock();
-            if let Some(held) = table.get_mut(&id).filter(|h| !h.dying) {
-                self.ledger.add(Area::Contexts, measured);
-                self.ledger.sub(Area::Contexts, held.disk);
-                held.disk = measured;
+            let Some(held) = table.get_mut(&id).filter(|h| !h.dying) else {
+                continue;
+            };
+            self.ledger.add(Area::Contexts, measured);
+            self.ledger.sub(Area::Contexts, held.disk);
+            held.disk = measured;
+            if held.writing {
+                continue;
+            }
+            held.record.dirty = false;
+            held.record.epoch = writing.epoch();
+            // Under the lock: a transfer that takes it now must write its own record after this one.
+            if let Err(error) = record_file::write(&dir.join("record"), &held.record) {
+                tracing::debug!(%error, "a context could not be recorded at rest");
             }
         }
     }

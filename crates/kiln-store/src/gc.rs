@@ -12,7 +12,7 @@ use kiln_oci::Digest;
 
 use crate::error::Result;
 use crate::ids::{DirId, LayerId, RecordType, Tenant, Time};
-use crate::layer_ref::LayerRecord;
+use crate::layer_table::LayerRecord;
 use crate::ledger::Area;
 use crate::meta::{Batch, Table};
 use crate::store::Store;
@@ -371,7 +371,6 @@ impl Store {
     }
 
     fn release_blobs(&self, record: &LayerRecord) -> Result<()> {
-        self.count_blobs(&record.blobs, false);
         for blob in &record.blobs {
             self.remove_blob_if_free(&blob.digest, Duration::ZERO)?;
         }
@@ -379,12 +378,16 @@ impl Store {
     }
 
     fn remove_blob_if_free(&self, digest: &Digest, grace: Duration) -> Result<u64> {
+        // A layer that starts to name the blob after this is as good as one that named it after the removal: lazy.
+        if self.layers.lock().blob_users.contains_key(digest) {
+            return Ok(0);
+        }
         {
             let mut blobs = self.blobs.blobs.write();
             let Some(entry) = blobs.get_mut(digest) else {
                 return Ok(0);
             };
-            if entry.leases > 0 || entry.layers > 0 || entry.dying || entry.last_used.age(Time::now()) < grace {
+            if entry.leases > 0 || entry.dying || entry.last_used.age(Time::now()) < grace {
                 return Ok(0);
             }
             entry.dying = true;
@@ -398,7 +401,7 @@ impl Store {
             let blobs = self.blobs.blobs.read();
             blobs
                 .iter()
-                .filter(|(_, e)| e.leases == 0 && e.layers == 0 && !e.dying)
+                .filter(|(_, e)| e.leases == 0 && !e.dying)
                 .map(|(d, _)| *d)
                 .collect()
         };

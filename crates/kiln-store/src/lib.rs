@@ -3,9 +3,11 @@
 //! Tour:
 //! - [`store`]: [`Store`], one state directory, opened (`open` mends it first; `layout` names its parts).
 //! - [`ids`], [`error`]: what things are called, whose they are, how work fails.
-//! - [`content`]: blobs by digest. [`provider`]: where missing ones come from.
-//! - [`layer_ref`]: [`LayerRef`], what a result is. [`realize`]: from a layer to files and blobs. [`active`]: how a new
-//!   layer comes to be.
+//! - [`content`]: blobs by digest, [`draft`]: blobs in the making. [`provider`]: where missing ones come from, `fetch`:
+//!   how they get here.
+//! - [`layer_ref`]: [`LayerRef`], what a result is (`layer_table`: all of them). [`realize`]: from a layer to files.
+//!   `pack`: from a layer to a blob. `compose`: layers from layers. [`active`]: how a new layer comes to be. `in_flight`:
+//!   equal work is done once.
 //! - [`records`]: cache records. [`history`]: build history.
 //! - [`cache_mount`], [`context`]: directories that persist and change.
 //! - [`ledger`]: the disk account. [`gc`]: what is kept and what goes.
@@ -19,20 +21,26 @@
 
 pub mod active;
 pub mod cache_mount;
+mod compose;
 pub mod content;
 pub mod context;
+mod copy_dir;
+pub mod draft;
 mod epoch;
 pub mod error;
+mod fetch;
 pub mod gc;
 pub mod history;
 pub mod ids;
+mod in_flight;
 mod keeper;
 pub mod layer_ref;
+mod layer_table;
 mod layout;
 pub mod ledger;
-mod materialize;
 mod meta;
 mod open;
+mod pack;
 pub mod provider;
 pub mod realize;
 mod record_file;
@@ -42,8 +50,9 @@ mod trash;
 
 pub use active::ActiveSnapshot;
 pub use cache_mount::{CacheMount, CacheMountRequest, Sharing};
-pub use content::{BlobHandle, BlobInfo, BlobReader, ContentStore, ContentWriter};
+pub use content::{BlobHandle, BlobInfo, BlobReader, ContentStore};
 pub use context::ContextDir;
+pub use draft::ContentWriter;
 pub use error::{Result, StoreError};
 pub use gc::{GcPolicy, UsageRecord};
 pub use history::{History, HistoryRecord};

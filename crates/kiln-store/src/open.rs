@@ -13,9 +13,9 @@ use parking_lot::Mutex;
 
 use crate::content::{BlobEntry, BlobRecord};
 use crate::epoch::Epochs;
-use crate::error::{IoContext as _, Result};
+use crate::error::{IoContext as _, Result, StoreError};
 use crate::ids::{LayerId, TreeId};
-use crate::layer_ref::{LayerRecord, LayerTable, LayerUsage, TreeEntry, TreeRecord};
+use crate::layer_table::{LayerRecord, LayerTable, LayerUsage, TreeEntry, TreeRecord};
 use crate::layout::StateDir;
 use crate::ledger::{Area, Ledger};
 use crate::meta::{Batch, Index, IndexOpened, Table};
@@ -75,7 +75,17 @@ pub(crate) fn open(config: StoreConfig) -> Result<(Arc<Store>, OpenReport)> {
     report.rebuilt = if new { None } else { opened.rebuild };
     let (epochs, trusted) = Epochs::open(dir.clone(), config.cookie_dir.clone())?;
     let ledger = Ledger::new(dir.clone(), config.limit);
-    let native = config.snapshotter == SnapshotterChoice::Native;
+    let native = match config.snapshotter {
+        SnapshotterChoice::Native => true,
+        choice => match probe_overlay(&dir, overlay) {
+            Ok(()) => false,
+            Err(error) if choice == SnapshotterChoice::Auto => {
+                tracing::warn!(%error, "overlayfs cannot be used here: snapshots are full copies");
+                true
+            }
+            Err(error) => return Err(StoreError::Unsupported(format!("overlay snapshots: {error}"))),
+        },
+    };
     let store = Arc::new(Store {
         dir,
         overlay,
@@ -88,7 +98,7 @@ pub(crate) fn open(config: StoreConfig) -> Result<(Arc<Store>, OpenReport)> {
         layers: Mutex::default(),
         saving: Mutex::new(()),
         record_use: crate::records::RecordUse::default(),
-        in_flight: crate::realize::InFlight::default(),
+        in_flight: crate::in_flight::InFlight::default(),
         cache_mounts: crate::cache_mount::Table::default(),
         contexts: crate::context::Table::default(),
         histories: crate::history::Table::default(),
@@ -108,8 +118,8 @@ pub(crate) fn open(config: StoreConfig) -> Result<(Arc<Store>, OpenReport)> {
             .trash
             .discard(&store, &store.dir.part("active").join(entry), Area::Active, 0)?;
     }
-    store.open_cache_mounts()?;
-    store.open_contexts()?;
+    store.open_cache_mounts(trusted)?;
+    store.open_contexts(trusted)?;
     store.open_history()?;
     store.open_ingest()?;
     store.epochs.start(highest)?;
@@ -136,6 +146,38 @@ pub(crate) fn open(config: StoreConfig) -> Result<(Arc<Store>, OpenReport)> {
 fn detect_overlay(config: &StoreConfig) -> Result<OverlayXattr> {
     fs::create_dir_all(&config.root).during("create", &config.root)?;
     Ok(OverlayXattr::detect(&Dir::open_ambient(&config.root)?))
+}
+
+/// Makes an overlay of this file system without mounting it anywhere.
+fn probe_overlay(dir: &StateDir, overlay: OverlayXattr) -> Result<()> {
+    use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags};
+    let probe = dir.part("active").join(format!("probe-{}", TreeId::random()));
+    let tried = (|| {
+        for part in ["lower", "upper", "work"] {
+            fs::create_dir_all(probe.join(part)).during("create", probe.join(part))?;
+        }
+        let made = (|| {
+            let context = rustix::mount::fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
+            for (key, part) in [("lowerdir", "lower"), ("upperdir", "upper"), ("workdir", "work")] {
+                rustix::mount::fsconfig_set_string(&context, key, probe.join(part))?;
+            }
+            if overlay == OverlayXattr::User {
+                rustix::mount::fsconfig_set_flag(&context, "userxattr")?;
+            }
+            rustix::mount::fsconfig_create(&context)?;
+            let flags = FsMountFlags::FSMOUNT_CLOEXEC;
+            rustix::mount::fsmount(&context, flags, MountAttrFlags::empty()).map(drop)
+        })();
+        made.during("try an overlay in", &probe)
+    })();
+    if let Err(error) = kiln_fs::remove::remove_tree(
+        &Dir::open_ambient(dir.part("active"))?,
+        probe.file_name().unwrap_or_default(),
+        &kiln_fs::Stop::new(),
+    ) {
+        tracing::debug!(%error, "the probe stays until the next start");
+    }
+    tried
 }
 
 fn open_index(dir: &StateDir, report: &mut OpenReport) -> Result<(Index, IndexOpened)> {
@@ -354,7 +396,6 @@ impl Store {
                     BlobEntry {
                         record,
                         leases: 0,
-                        layers: 0,
                         last_used,
                         dying: false,
                     },
@@ -391,7 +432,6 @@ impl Store {
                 last_used: record.created_at,
                 count: 0,
             });
-            self.count_blobs(&record.blobs, true);
             table.insert(record, usage);
         }
         *self.layers.lock() = table;

@@ -16,7 +16,8 @@ use serde_json::Value;
 
 use crate::error::Result;
 use crate::ids::{LayerId, RecordId, Tenant, Time, TreeId};
-use crate::layer_ref::{LayerRecord, LayerRef, LayerUsage};
+use crate::layer_ref::LayerRef;
+use crate::layer_table::{LayerRecord, LayerUsage};
 use crate::meta::{Batch, Table};
 use crate::record_file;
 use crate::store::Store;

@@ -11,14 +11,15 @@ use crate::epoch::Epochs;
 use crate::error::Result;
 use crate::gc;
 use crate::ids::Tenant;
+use crate::in_flight::InFlight;
 use crate::keeper::Keeper;
-use crate::layer_ref::LayerTable;
+use crate::layer_table::LayerTable;
 use crate::layout::{self, StateDir};
 use crate::ledger::{Area, Ledger, LedgerReport, Reservation, disk_usage};
 use crate::meta::{Batch, Index};
 use crate::open::OpenReport;
-use crate::realize::InFlight;
 use crate::records::RecordUse;
+use crate::snapshot::{Native, OverlayFs, Snapshotter};
 use crate::trash::Trash;
 use crate::tree::OverlayXattr;
 use crate::{cache_mount, context, history, open};
@@ -111,9 +112,9 @@ impl Store {
         self.overlay
     }
 
-    /// Whether snapshots are full copies because overlayfs is not used.
-    pub fn is_native(&self) -> bool {
-        self.native
+    /// How views become roots of processes here.
+    pub fn snapshotter(&self) -> &'static dyn Snapshotter {
+        if self.native { &Native } else { &OverlayFs }
     }
 
     /// The content of a tenant.
@@ -191,6 +192,7 @@ impl Store {
     /// As [`sync`](Self::sync).
     pub fn close(&self) -> Result<()> {
         self.keeper.end();
+        self.measure_directories(&Stop::new());
         self.sync()?;
         self.trash.empty(self, &Stop::new())?;
         Ok(())

@@ -229,6 +229,7 @@ fn after_a_power_cut_what_was_sealed_is_there_and_the_rest_is_not_believed() {
     let (image, copy) = (dir.path().join("image"), dir.path().join("copy"));
     let file = std::fs::File::create(&image).unwrap();
     file.set_len(192 << 20).unwrap();
+    // Without the tools or the privilege there is nothing to cut.
     let made = Command::new("mkfs.ext4").args(["-q", "-F"]).arg(&image).status();
     if !made.is_ok_and(|s| s.success()) {
         return;

@@ -253,3 +253,34 @@ fn history_is_kept_pinned_and_limited() {
         .unwrap();
     assert!(!store.content(&tenant()).has(&digest));
 }
+
+#[test]
+fn after_a_reboot_directories_in_use_are_not_believed() {
+    let (dir, cookies) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let config = || kiln_store::StoreConfig {
+        cookie_dir: Some(cookies.path().to_owned()),
+        ..kiln_store::StoreConfig::new(dir.path())
+    };
+    let store = Store::open(config()).unwrap().0;
+    drop(wait(store.cache_mounts(&tenant(), vec![request("rest", Sharing::Shared)])).unwrap());
+    drop(store.context(&tenant(), "rest", "", &Stop::new()).unwrap());
+    store.close().unwrap();
+    drop(store);
+    let store = Store::open(config()).unwrap().0;
+    let busy = wait(store.cache_mounts(&tenant(), vec![request("busy", Sharing::Shared)])).unwrap();
+    let context = store.context(&tenant(), "busy", "", &Stop::new()).unwrap();
+    store.close().unwrap();
+    drop((busy, context, store));
+    for entry in std::fs::read_dir(cookies.path()).unwrap() {
+        std::fs::remove_file(entry.unwrap().path()).unwrap();
+    }
+    let store = Store::open(config()).unwrap().0;
+    let mounts = wait(store.cache_mounts(
+        &tenant(),
+        vec![request("rest", Sharing::Shared), request("busy", Sharing::Shared)],
+    ));
+    let mounts = mounts.unwrap();
+    assert_eq!(mounts.iter().map(CacheMount::is_new).collect::<Vec<_>>(), [false, true]);
+    assert!(!store.context(&tenant(), "rest", "", &Stop::new()).unwrap().is_new());
+    assert!(store.context(&tenant(), "busy", "", &Stop::new()).unwrap().is_new());
+}

@@ -1,74 +1,10 @@
-//! Plain copies of what a view or a directory shows, for directories that are changed afterwards: a cache mount that
-//! starts with a layer's files, a context of which a frozen version is in use.
+//! Plain copies of directories that are changed afterwards: a context of which a frozen version is in use.
 
-use std::collections::HashMap;
-use std::ffi::OsStr;
-use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 
-use kiln_fs::{Copier, Dir, FileType, Links, Stop};
+use kiln_fs::{Copier, Dir, FileType, Stop};
 
 use crate::error::Result;
-use crate::manifest::{Entry, Kind};
-use crate::tree::os_path;
-use crate::view::View;
-
-/// Copies everything a view shows into the empty directory `target`.
-pub(crate) fn copy_view(view: &View, target: &Path) -> Result<()> {
-    let Some(root) = view.root() else { return Ok(()) };
-    let (out, copier, stop) = (
-        Dir::open_ambient(target)?.with_links(Links::Refuse),
-        Copier::new(),
-        Stop::new(),
-    );
-    let mut linked: HashMap<(usize, u32), Vec<u8>> = HashMap::new();
-    let mut dirs = vec![view.entry(&root).clone()];
-    for node in view.walk(&root) {
-        let entry = view.entry(&node);
-        let path = os_path(&entry.path);
-        match entry.kind {
-            Kind::Whiteout => continue,
-            Kind::Directory => {
-                out.create_dir(path, 0o700)?;
-                dirs.push(entry.clone());
-                continue;
-            }
-            Kind::Regular => {
-                if entry.link_group != 0 {
-                    let key = (node.tree(), entry.link_group);
-                    if let Some(first) = linked.get(&key) {
-                        out.hard_link(os_path(first), path)?;
-                        continue;
-                    }
-                    linked.insert(key, entry.path.to_vec());
-                }
-                let file = out.create_file(path, 0o600)?;
-                copier.copy(&view.open(&node)?, &file, &stop)?;
-            }
-            Kind::Symlink => out.symlink(OsStr::from_bytes(&entry.target), path)?,
-            _ => out.create_node(path, entry.kind.file_type(), entry.mode, entry.rdev)?,
-        }
-        dress(&out, entry)?;
-    }
-    // Directories last, deepest first: writing into them moves their times.
-    for entry in dirs.iter().rev() {
-        dress(&out, entry)?;
-    }
-    Ok(())
-}
-
-fn dress(out: &Dir, entry: &Entry) -> Result<()> {
-    let path = os_path(if entry.path.is_empty() { b"." } else { &entry.path });
-    out.set_owner(path, entry.uid, entry.gid)?;
-    if entry.kind != Kind::Symlink {
-        out.set_mode(path, entry.mode)?;
-    }
-    for (name, value) in &entry.xattrs {
-        out.set_xattr(path, name, value)?;
-    }
-    out.set_mtime(path, entry.mtime)?;
-    Ok(())
-}
 
 /// Copies a directory tree into the empty directory `target`, owners, modes, times and attributes included. Hard links
 /// become files of their own.
