@@ -2,6 +2,7 @@
 
 use harness::{Daemon, Fixture};
 
+// caps: frontend.inputs
 #[test]
 fn targets_groups_and_contexts() {
     let daemon = Daemon::start();

@@ -3,6 +3,9 @@
 //! `KILN_E2E=0` leaves this level out; it is the only way to, and the closing line says so. Missing programs, images or
 //! privileges fail. `KILN_E2E_OFFLINE=1` leaves out the two tests that reach package registries, and they say so as well.
 
+// A test fails by panicking, and says on standard output what it left out.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout, clippy::panic)]
+
 mod hello;
 
 mod args;
@@ -11,6 +14,8 @@ mod cache;
 mod cancel;
 mod clients;
 mod copy;
+mod crash;
+mod daemon;
 mod errors;
 mod examples;
 mod exports;
@@ -23,6 +28,7 @@ mod parallel;
 mod provenance;
 mod prune;
 mod registries;
+mod rootless;
 mod run;
 mod sandbox;
 mod secrets;

@@ -21,6 +21,11 @@ pub struct Buildx {
 impl Buildx {
     /// A client whose builder `kiln` is the daemon at `address`.
     pub fn new(which: lab::Client, address: &str) -> Buildx {
+        Buildx::with_options(which, address, &[])
+    }
+
+    /// As [`Buildx::new`], with options of `buildx create`.
+    pub fn with_options(which: lab::Client, address: &str, options: &[&str]) -> Buildx {
         let home = tempfile::Builder::new()
             .prefix("kiln-home-")
             .tempdir()
@@ -29,9 +34,13 @@ impl Buildx {
             program: lab::client(which),
             home,
         };
-        buildx
-            .run(&["create", "--name", "kiln", "--driver", "remote", "--use", address])
-            .ok();
+        let create = [
+            &["create", "--name", "kiln", "--driver", "remote", "--use"],
+            options,
+            &[address],
+        ]
+        .concat();
+        buildx.run(&create).ok();
         buildx
     }
 

@@ -17,6 +17,7 @@ pub struct Daemon {
     args: Vec<String>,
     env: Vec<(String, String)>,
     program: PathBuf,
+    user: Option<String>,
     dir: TempDir,
     started_in: Duration,
 }
@@ -25,6 +26,7 @@ pub struct Daemon {
 #[derive(Debug, Default)]
 pub struct Options {
     program: Option<PathBuf>,
+    user: Option<String>,
     config: String,
     args: Vec<String>,
     env: Vec<(String, String)>,
@@ -41,6 +43,12 @@ impl Options {
     /// Starts another program than the one under test, for comparisons.
     pub fn program(mut self, program: impl Into<PathBuf>) -> Self {
         self.program = Some(program.into());
+        self
+    }
+
+    /// Starts the daemon as an ordinary user, whose state and socket it then is.
+    pub fn user(mut self, name: &str) -> Self {
+        self.user = Some(name.to_owned());
         self
     }
 
@@ -103,6 +111,7 @@ impl Daemon {
             args: options.args,
             env: options.env,
             program: options.program.unwrap_or_else(lab::daemon),
+            user: options.user,
             dir,
             started_in: Duration::ZERO,
         };
@@ -125,12 +134,25 @@ impl Daemon {
             .map(|(key, value)| (key.as_str(), value.as_str()))
             .collect();
         let started = Instant::now();
-        let process = Process::start(
-            &self.program,
-            &self.command_line(&self.state(), &self.socket()),
-            &env,
-            &self.log_path(),
-        );
+        let mut program = self.program.clone();
+        if let Some(user) = &self.user {
+            // An ordinary user may see neither the build directory nor a directory of root's.
+            program = self.dir.path().join("kilnd");
+            if !program.exists() {
+                std::fs::copy(&self.program, &program).expect("a copy of the program");
+            }
+            let owner = Command::new("chown")
+                .arg("-R")
+                .arg(format!("{user}:"))
+                .arg(self.dir.path())
+                .status();
+            assert!(
+                owner.expect("chown runs").success(),
+                "giving the daemon's directory to {user}"
+            );
+        }
+        let args = self.command_line(&self.state(), &self.socket());
+        let process = Process::start_as(self.user.as_deref(), &program, &args, &env, &self.log_path());
         let process = self.process.insert(process);
         let socket = self.dir.path().join("kilnd.sock");
         let up = process::eventually(Duration::from_secs(20), || {

@@ -42,13 +42,29 @@ impl Process {
     /// # Panics
     /// If it cannot be started.
     pub fn start(program: &Path, args: &[String], env: &[(&str, &str)], log: &Path) -> Process {
+        Process::start_as(None, program, args, env, log)
+    }
+
+    /// As [`Process::start`], as another user, by name.
+    ///
+    /// # Panics
+    /// If it cannot be started.
+    pub fn start_as(user: Option<&str>, program: &Path, args: &[String], env: &[(&str, &str)], log: &Path) -> Process {
         let output = File::options()
             .create(true)
             .append(true)
             .open(log)
             .expect("the log file");
         let mut command = Command::new("setpriv");
-        command.args(["--pdeathsig", "KILL", "--"]).arg(program).args(args);
+        command.args(["--pdeathsig", "KILL"]);
+        if let Some(user) = user {
+            command.args([
+                format!("--reuid={user}"),
+                format!("--regid={user}"),
+                "--init-groups".to_owned(),
+            ]);
+        }
+        command.arg("--").arg(program).args(args);
         for (key, value) in env {
             command.env(key, value);
         }

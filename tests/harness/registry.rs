@@ -21,7 +21,8 @@ pub struct Registry {
     data: PathBuf,
     credentials: Option<(String, String)>,
     tokens: Option<TokenServer>,
-    _dir: TempDir,
+    scheme: &'static str,
+    dir: TempDir,
 }
 
 impl Registry {
@@ -46,6 +47,16 @@ impl Registry {
         Registry::launch(None, Guard::Token(user, password, allowed))
     }
 
+    /// An empty registry that speaks TLS with a certificate of its own authority, [`Registry::authority`].
+    pub fn tls() -> Registry {
+        Registry::launch(None, Guard::Tls)
+    }
+
+    /// The certificate of the authority that signed a TLS registry's.
+    pub fn authority(&self) -> PathBuf {
+        self.dir.path().join("ca.crt")
+    }
+
     fn launch(shared: Option<&Path>, guard: Guard<'_>) -> Registry {
         let dir = tempfile::Builder::new()
             .prefix("kiln-registry-")
@@ -62,8 +73,19 @@ impl Registry {
         config.push_str("http:\n  addr: 127.0.0.1:0\n");
         let mut credentials = None;
         let mut tokens = None;
+        let mut scheme = "http";
         match guard {
             Guard::Open => {}
+            Guard::Tls => {
+                scheme = "https";
+                certificates(dir.path(), "server", "IP:127.0.0.1,DNS:localhost");
+                let (certificate, key) = (dir.path().join("server.crt"), dir.path().join("server.key"));
+                config.push_str(&format!(
+                    "  tls:\n    certificate: {}\n    key: {}\n",
+                    certificate.display(),
+                    key.display()
+                ));
+            }
             Guard::Basic(user, password) => {
                 let line = output(Command::new("htpasswd").args(["-nbB", user, password]));
                 std::fs::write(dir.path().join("htpasswd"), line).expect("writing the password file");
@@ -108,7 +130,8 @@ impl Registry {
             data,
             credentials,
             tokens,
-            _dir: dir,
+            scheme,
+            dir,
         }
     }
 
@@ -162,7 +185,8 @@ impl Registry {
             }
         }
         let result = command
-            .arg(format!("http://{}{path}", self.host))
+            .arg("-k")
+            .arg(format!("{}://{}{path}", self.scheme, self.host))
             .output()
             .expect("curl runs");
         result.status.success().then_some(result.stdout)
@@ -204,6 +228,7 @@ impl Registry {
 
 enum Guard<'a> {
     Open,
+    Tls,
     Basic(&'a str, &'a str),
     Token(&'a str, &'a str, &'a str),
 }
@@ -392,6 +417,63 @@ fn decode(value: &str) -> String {
         }
     }
     String::from_utf8_lossy(&bytes).into_owned()
+}
+
+/// Makes an authority (`ca.crt`) in `dir`, unless it is there, and a certificate and key signed by it, `name.crt` and `name.key`.
+///
+/// # Panics
+/// If openssl is missing or fails.
+pub fn certificates(dir: &Path, name: &str, alternative_names: &str) {
+    let file = |name: &str| dir.join(name).display().to_string();
+    let openssl = |args: &[&str]| {
+        output(Command::new("openssl").args(args).stderr(Stdio::null()));
+    };
+    if !dir.join("ca.crt").exists() {
+        let (key, certificate) = (file("ca.key"), file("ca.crt"));
+        openssl(&[
+            "req",
+            "-x509",
+            "-newkey",
+            "rsa:2048",
+            "-nodes",
+            "-days",
+            "2",
+            "-subj",
+            "/CN=kiln lab authority",
+            "-keyout",
+            &key,
+            "-out",
+            &certificate,
+        ]);
+    }
+    let (key, request, certificate) = (
+        file(&format!("{name}.key")),
+        file(&format!("{name}.csr")),
+        file(&format!("{name}.crt")),
+    );
+    let subject = format!("/CN={name}");
+    openssl(&[
+        "req", "-newkey", "rsa:2048", "-nodes", "-subj", &subject, "-keyout", &key, "-out", &request,
+    ]);
+    std::fs::write(dir.join("ext"), format!("subjectAltName={alternative_names}\n")).expect("writing extensions");
+    let (ca, ca_key, ext) = (file("ca.crt"), file("ca.key"), file("ext"));
+    openssl(&[
+        "x509",
+        "-req",
+        "-in",
+        &request,
+        "-CA",
+        &ca,
+        "-CAkey",
+        &ca_key,
+        "-CAcreateserial",
+        "-days",
+        "2",
+        "-extfile",
+        &ext,
+        "-out",
+        &certificate,
+    ]);
 }
 
 fn find(name: &str) -> PathBuf {

@@ -15,7 +15,6 @@ const NOT_YET: &[&str] = &[
     "file.rm.nofollowsymlink",
     "file.rm.wildcard",
     "file.symlink.create",
-    "frontend.inputs",
     "gateway.evaluate",
     "gc.freespacefilter",
     "mergeop",

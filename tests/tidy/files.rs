@@ -10,6 +10,7 @@ const LONGEST: usize = 700;
 const LONGER: &[(&str, usize)] = &[
     ("crates/kiln-llb/src/state.rs", 1100),
     ("crates/kiln-store/src/realize.rs", 1020),
+    ("crates/kiln-store/src/content.rs", 740),
     ("crates/kiln-solver/src/edge.rs", 750),
     ("crates/kiln-solver/src/progress.rs", 715),
 ];
