@@ -61,7 +61,10 @@ impl FileJob {
     fn finish(&self, file: &File) -> Result<()> {
         let err = |action, e: rustix::io::Errno| StoreError::io(action, &self.shown, e);
         let owner = (Some(Uid::from_raw(self.uid)), Some(Gid::from_raw(self.gid)));
-        rustix::fs::fchown(file, owner.0, owner.1).map_err(|e| err("set owner of", e))?;
+        match rustix::fs::fchown(file, owner.0, owner.1) {
+            Err(e) if e != UNMAPPED => return Err(err("set owner of", e)),
+            _ => {}
+        }
         for (name, value) in &self.xattrs {
             let set = rustix::fs::fsetxattr(file, &name[..], value, rustix::fs::XattrFlags::empty());
             if let Err(e) = set {
@@ -95,7 +98,7 @@ impl FileJob {
             Kind::Symlink => self.dir.symlink(OsStr::from_bytes(&entry.target), name)?,
             kind => self.dir.create_node(name, kind.file_type(), 0o600, entry.rdev)?,
         }
-        self.dir.set_owner(name, self.uid, self.gid)?;
+        set_owner(&self.dir, name, self.uid, self.gid)?;
         for (attribute, value) in &self.xattrs {
             if let Err(e) = self.dir.set_xattr(name, attribute, value) {
                 tracing::debug!(path = %self.shown.display(), error = %e, "attribute not set");
@@ -274,7 +277,7 @@ pub(crate) fn finish_dirs(out: &TreeBuilder, dirs: &[&Entry], threads: usize, st
 /// Gives one directory below `fs` the owner, attributes, mode and time of its entry.
 pub(crate) fn finish_dir(fs: &Dir, entry: &Entry) -> Result<()> {
     let path = os_path(&entry.path);
-    fs.set_owner(path, entry.uid, entry.gid)?;
+    set_owner(fs, path, entry.uid, entry.gid)?;
     for (name, value) in &entry.xattrs {
         if let Err(e) = fs.set_xattr(path, name, value) {
             tracing::debug!(path = %path.display(), error = %e, "attribute not set");
@@ -282,4 +285,16 @@ pub(crate) fn finish_dir(fs: &Dir, entry: &Entry) -> Result<()> {
     }
     fs.set_mode(path, entry.mode)?;
     Ok(fs.set_mtime(path, entry.mtime)?)
+}
+
+/// What the kernel answers to an owner that the user namespace does not map.
+const UNMAPPED: rustix::io::Errno = rustix::io::Errno::INVAL;
+
+/// Sets the owner of `path` itself. In a user namespace with few ids the file may have to stay with the daemon's user;
+/// the manifest knows the right owner, and layers are written from that.
+pub(crate) fn set_owner(fs: &Dir, path: &Path, uid: u32, gid: u32) -> Result<()> {
+    match fs.set_owner(path, uid, gid) {
+        Err(e) if e.raw_os_error() == Some(UNMAPPED.raw_os_error()) => Ok(()),
+        other => Ok(other?),
+    }
 }

@@ -361,3 +361,36 @@ fn from_nothing() {
         assert!(matches!(mount, Mount::Bind { readonly: true, .. }));
     }
 }
+
+#[test]
+fn files_copied_up_and_not_changed_are_dropped() {
+    let lab = Lab::new();
+    let base = lab.base();
+    let active = OverlayFs.prepare(&base, lab.builder(), &Stop::new()).unwrap();
+    let mounted = Mounted::new(&lab, active.mount());
+    std::fs::OpenOptions::new()
+        .append(true)
+        .open(mounted.0.join("usr/lib/deep/x"))
+        .unwrap();
+    std::fs::write(mounted.0.join("usr/lib/deep/z"), "new").unwrap();
+    drop(mounted);
+    assert!(active.dir().join("fs/usr/lib/deep/x").exists(), "the kernel copied it");
+    let tree = active.seal(&Stop::new()).unwrap();
+    assert!(!tree.fs_path().join("usr/lib/deep/x").exists());
+    assert!(tree.manifest().unwrap().find(b"usr/lib/deep/x").is_none());
+    assert!(tree.manifest().unwrap().find(b"usr/lib/deep/z").is_some());
+}
+
+#[test]
+fn marks_that_a_process_sets_itself_mean_nothing() {
+    let got = run(Lab::base, |root| {
+        let name = if overlay_xattr() == OverlayXattr::User {
+            "trusted.overlay.opaque"
+        } else {
+            "user.overlay.opaque"
+        };
+        // May be refused, and then there is nothing to see through.
+        let _ = rustix::fs::setxattr(root.join("usr/lib"), name, b"y", rustix::fs::XattrFlags::empty());
+    });
+    assert_eq!(got, Vec::<String>::new());
+}

@@ -100,7 +100,7 @@ impl ActiveRoot {
             State::Overlay => {}
             State::Native(work) => work.move_changes(&self.base, &self.out, stop)?,
         }
-        let entries = scan::upper(self.out.fs(), stop)?;
+        let entries = scan::upper(&self.out, stop)?;
         crate::union::seal_entries(&self.base, self.out, entries, None, stop)
     }
 }

@@ -34,7 +34,7 @@ impl Snapshotter for OverlayFs {
         // The upper's root is what the step sees as `/`, so it looks as the root did before.
         if let Some(root) = base.root() {
             let entry = base.entry(&root);
-            out.fs().set_owner("", entry.uid, entry.gid)?;
+            crate::files::set_owner(out.fs(), Path::new(""), entry.uid, entry.gid)?;
             out.fs().set_mode("", entry.mode)?;
             out.fs().set_mtime("", entry.mtime)?;
         }

@@ -9,17 +9,18 @@ use kiln_fs::{Dir, Stop};
 
 use crate::error::{Result, StoreError};
 use crate::manifest::{Entry, Kind, join};
-use crate::tree::OverlayXattr;
+use crate::tree::TreeBuilder;
 
-/// Everything in the upper directory `fs`, the root first, otherwise in no particular order. Attributes of overlayfs'
+/// Everything in the upper directory of `out`, the root first, otherwise in no particular order. Attributes of overlayfs'
 /// own are removed from the files, except that opaque directories keep their mark and are noted as such.
 ///
 /// # Errors
 /// I/O errors, [`StoreError::Invalid`] for a path too long to be opened again, [`StoreError::Canceled`].
-pub fn upper(fs: &Arc<Dir>, stop: &Stop) -> Result<Vec<Entry>> {
+pub fn upper(out: &TreeBuilder, stop: &Stop) -> Result<Vec<Entry>> {
+    let (fs, mark) = (out.fs(), out.overlay_xattr().opaque());
     let mut root = Entry::from_metadata(Vec::new(), &fs.self_metadata()?);
-    attributes(fs, b"", &mut root)?;
-    let mut out = vec![root];
+    attributes(fs, b"", mark, &mut root)?;
+    let mut entries = vec![root];
     let mut groups = Groups::default();
     let mut todo = vec![(Vec::new(), fs.clone())];
     while let Some((path, dir)) = todo.pop() {
@@ -37,11 +38,11 @@ pub fn upper(fs: &Arc<Dir>, stop: &Stop) -> Result<Vec<Entry>> {
             }
             let md = dir.symlink_metadata(&found.name)?;
             if md.is_overlay_whiteout() {
-                out.push(Entry::whiteout(here));
+                entries.push(Entry::whiteout(here));
                 continue;
             }
             let mut entry = Entry::from_metadata(here, &md);
-            attributes(&dir, name, &mut entry)?;
+            attributes(&dir, name, mark, &mut entry)?;
             match entry.kind {
                 Kind::Directory => todo.push((entry.path.to_vec(), Arc::new(dir.child_dir(&found.name)?))),
                 _ if md.nlink > 1 => entry.link_group = groups.of(md.ino),
@@ -50,33 +51,27 @@ pub fn upper(fs: &Arc<Dir>, stop: &Stop) -> Result<Vec<Entry>> {
             if entry.kind == Kind::Symlink {
                 entry.target = dir.read_link(&found.name)?.into_vec().into();
             }
-            out.push(entry);
+            entries.push(entry);
         }
     }
     // A link count alone says nothing: the other names may be elsewhere.
-    for entry in &mut out {
+    for entry in &mut entries {
         if entry.link_group != 0 && !groups.is_shared(entry.link_group) {
             entry.link_group = 0;
         }
     }
-    Ok(out)
+    Ok(entries)
 }
 
 /// Notes kept attributes and opaque marks; removes what overlayfs left behind.
-fn attributes(dir: &Dir, name: &[u8], entry: &mut Entry) -> Result<()> {
+fn attributes(dir: &Dir, name: &[u8], mark: &[u8], entry: &mut Entry) -> Result<()> {
     let name = crate::tree::os_path(name);
     let mut leftover = Vec::new();
     let found = dir.xattrs(name, |n| kept_in_tree(n) || is_overlay_private(n))?;
     for (attribute, value) in found {
-        let opaque = [OverlayXattr::Trusted, OverlayXattr::User]
-            .iter()
-            .any(|x| x.opaque() == &attribute[..]);
-        if opaque && entry.kind == Kind::Directory && (&value[..] == b"y" || &value[..] == b"x") {
-            if &value[..] == b"y" {
-                entry.opaque = true;
-            } else {
-                leftover.push(attribute);
-            }
+        // Only the mark that the kernel heeds counts; a process may have set the other one.
+        if &attribute[..] == mark && entry.kind == Kind::Directory && &value[..] == b"y" {
+            entry.opaque = true;
         } else if is_overlay_private(&attribute) {
             leftover.push(attribute);
         } else {

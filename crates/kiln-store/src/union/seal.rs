@@ -9,6 +9,7 @@ use crate::files::finish_dirs;
 use crate::layer::diff::spelled_out_whiteouts;
 use crate::manifest::{Entry, Kind, Manifest, parent};
 use crate::tree::{Tree, TreeBuilder, os_path};
+use crate::union::copied_xattrs;
 use crate::view::{Node, View};
 
 /// The common end of every tree written over a view: opaque directories are spelled out, entries that equal what is below
@@ -33,18 +34,32 @@ pub(crate) fn seal_entries(
         // Marked on disk only where a mounted overlay did it; the attribute goes, the whiteouts stay.
         out.fs().remove_xattr(os_path(&path), out.overlay_xattr().opaque())?;
     }
-    for entry in &mut entries {
+    let mut touched: HashSet<Vec<u8>> = hidden.iter().map(|p| parent(p).to_vec()).collect();
+    let mut kept = Vec::with_capacity(entries.len());
+    for mut entry in entries {
         stop.check()?;
         entry.opaque = false;
         if entry.kind != Kind::Whiteout && !entry.path.is_empty() {
-            entry.unchanged = match below.lookup(&entry.path) {
-                Some(node) => same_as_below(&out, entry, below, &node, stop)?,
+            let node = below.lookup(&entry.path);
+            entry.unchanged = match &node {
+                Some(node) => same_as_below(&out, &entry, below, node, stop)?,
                 None => false,
             };
+            let xattrs = |e: &Entry| copied_xattrs(&e.xattrs);
+            if entry.unchanged
+                && !entry.kind.is_dir()
+                && node.is_some_and(|n| xattrs(below.entry(&n)) == xattrs(&entry))
+            {
+                // A file copied up and not changed. In another stack (MergeOp) it would hide what is there.
+                out.fs().remove_file(os_path(&entry.path))?;
+                touched.insert(parent(&entry.path).to_vec());
+                continue;
+            }
         }
+        kept.push(entry);
     }
-    // The hidden paths' directories were touched, so metadata comes last in any case.
-    let touched: HashSet<&[u8]> = hidden.iter().map(|p| parent(p)).collect();
+    let entries = kept;
+    // Directories in which something was added or removed here have other times now, so metadata comes last.
     let dirs: Vec<&Entry> = entries
         .iter()
         .filter(|e| e.kind.is_dir() && (finish_with.is_some() || touched.contains(&e.path[..])))
