@@ -284,6 +284,21 @@ async fn metadata_only_materialises_what_is_selected() {
     }
     assert_eq!(listed.len(), 10);
     assert_eq!(listed[3], "src");
+
+    // The second time, with the listing of the first lost: the file is not taken for a leftover.
+    let existing = Existing::Disk { delete: true };
+    let selected = ReceiveOptions {
+        metadata_only: Some(vec!["src.txt".to_owned()]),
+        ..options(existing)
+    };
+    let received = pair
+        .session
+        .receive_dir(&context(), open(target.path()), selected)
+        .await
+        .unwrap();
+    assert_eq!(paths(&received.listing), ["src.txt"]);
+    assert_eq!(fs::read(target.path().join(METADATA_FILE)).unwrap(), frames);
+    assert!(!target.path().join("src").exists());
 }
 
 #[tokio::test]

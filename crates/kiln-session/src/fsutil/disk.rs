@@ -90,7 +90,12 @@ impl Listing {
             Existing::Empty => Known::Nothing,
             Existing::Listing(entries) => Known::Listing(entries.into_iter().peekable()),
             Existing::Disk { delete: false } => Known::Disk,
-            Existing::Disk { delete: true } => Known::Listing(scan(&target.root, &target.stop)?.into_iter().peekable()),
+            Existing::Disk { delete: true } => {
+                let mut found = scan(&target.root, &target.stop)?;
+                // It is written anew, and no part of the tree.
+                found.retain(|entry| options.metadata_only.is_none() || entry.path != METADATA_FILE);
+                Known::Listing(found.into_iter().peekable())
+            }
         };
         let selected = match options.metadata_only.take() {
             None => None,
