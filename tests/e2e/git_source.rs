@@ -96,3 +96,48 @@ fn in_add() {
         "nothing moved in the repository"
     );
 }
+
+// caps: source.git.checksum
+#[test]
+fn a_commit_that_is_not_the_expected_one() {
+    let (tree, _server, head) = repository();
+    let serve = HttpServer::start(tree.path());
+    std::fs::rename(tree.path().join("repo/.git"), tree.path().join("project.git")).unwrap();
+    let at = format!("{}/project.git", serve.address());
+    let daemon = Daemon::start();
+    let add = |checksum: &str| {
+        Fixture::new(&format!(
+            "=== Dockerfile\nFROM scratch\nADD --checksum={checksum} {at}#main /one/\n"
+        ))
+    };
+    assert_eq!(
+        daemon.buildx().build(&add(&head)).image().file("one/file").text(),
+        "two\n"
+    );
+    let other = head.chars().rev().collect::<String>();
+    daemon.buildx().build(&add(&other)).fails().says(&[&other]);
+}
+
+// caps: source.git.skipsubmodules
+#[test]
+fn submodules_come_along_unless_told_otherwise() {
+    let (tree, _server, _) = repository();
+    let outer = tree.path().join("outer");
+    std::fs::create_dir(&outer).unwrap();
+    git(&outer, &["init", "-q"]);
+    let serve = HttpServer::start(tree.path());
+    git(&tree.path().join("repo"), &["update-server-info"]);
+    let inner = format!("{}/repo/.git", serve.address());
+    git(&outer, &["submodule", "--quiet", "add", &inner, "inner"]);
+    git(&outer, &["commit", "-q", "-m", "outer"]);
+    git(&outer, &["update-server-info"]);
+    std::fs::rename(outer.join(".git"), tree.path().join("outer.git")).unwrap();
+    let at = format!("{}/outer.git", serve.address());
+    let daemon = Daemon::start();
+    let context = Fixture::new(&format!(
+        "=== Dockerfile\nFROM scratch\nADD {at} /with/\nADD {at}?submodules=false /without/\n"
+    ));
+    let image = daemon.buildx().build(&context).image();
+    assert_eq!(image.file("with/inner/file").text(), "two\n");
+    assert!(!image.has("without/inner/file") && image.has("without/.gitmodules"));
+}

@@ -123,3 +123,77 @@ fn nothing_of_it_is_privileged_on_the_host() {
     running.signal("KILL");
     let _ = running.finish();
 }
+
+/// `kiln build` alone: it finds no daemon, starts one for itself, and stops it when it is done.
+#[test]
+fn kiln_build_with_a_daemon_of_its_own() {
+    if harness::lab::is_reference() {
+        return;
+    }
+    let mirror = harness::Registry::of_lab();
+    let dir = tempfile::Builder::new().prefix("kiln-home-").tempdir().unwrap();
+    let home = dir.path();
+    for name in ["kiln", "kilnd"] {
+        std::fs::copy(harness::lab::program(name), home.join(name)).unwrap();
+    }
+    let config = format!(
+        "[registry.\"docker.io\"]\n  mirrors = [\"{0}\"]\n[registry.\"{0}\"]\n  http = true\n",
+        mirror.host()
+    );
+    std::fs::write(home.join("kilnd.toml"), config).unwrap();
+    std::fs::create_dir(home.join("context")).unwrap();
+    std::fs::write(
+        home.join("context/Dockerfile"),
+        "FROM busybox AS build\nRUN id -u > /uid && dd if=/dev/zero of=/stays bs=1M count=3 2>/dev/null\nFROM scratch\nCOPY --from=build /uid /\n",
+    )
+    .unwrap();
+    let given = Command::new("chown")
+        .arg("-R")
+        .arg(format!("{}:", user()))
+        .arg(home)
+        .status()
+        .unwrap();
+    assert!(given.success());
+    let build = || {
+        let out = Command::new("timeout")
+            .args([
+                "120",
+                "setpriv",
+                &format!("--reuid={USER}"),
+                &format!("--regid={USER}"),
+                "--init-groups",
+                "--",
+            ])
+            .arg(home.join("kiln"))
+            .args([
+                "--daemon-config",
+                "kilnd.toml",
+                "build",
+                "--progress=plain",
+                "--output",
+                "type=oci,dest=image.tar",
+                "context",
+            ])
+            .current_dir(home)
+            .env_clear()
+            .env("HOME", home)
+            .env("PATH", "/usr/bin:/bin:/usr/sbin:/sbin")
+            .output()
+            .unwrap();
+        let said = format!(
+            "{}{}",
+            String::from_utf8_lossy(&out.stdout),
+            String::from_utf8_lossy(&out.stderr)
+        );
+        assert!(out.status.success(), "{said}");
+        said
+    };
+    let first = build();
+    let image = harness::Image::open(&home.join("image.tar"));
+    assert_eq!(image.file("uid").text(), "0\n");
+    assert!(first.contains("sha256:"), "the digest is printed: {first}");
+    let second = build();
+    assert!(second.contains("CACHED"), "the cache outlives the daemon: {second}");
+    let left = harness::process::running_with(&home.display().to_string());
+    assert!(left.is_empty(), "the daemon that kiln started still runs: {left:?}");
+}
