@@ -1,6 +1,6 @@
 //! Registries: push, pull, credentials, tokens, mirrors, indexes, and bytes that are not what they claim to be.
 
-use harness::{Daemon, Fixture, Image, Registry};
+use harness::{Daemon, Fault, Faults, Fixture, Image, Registry};
 
 const APP: &str = "=== Dockerfile\nFROM busybox\nRUN echo pushed > /pushed\n";
 
@@ -251,5 +251,106 @@ fn an_image_that_points_outside_stays_inside() {
     }
     for number in [1, 2, 4] {
         assert_eq!(image.file(&format!("tmp/{name}-{number}")).text(), "f\n");
+    }
+}
+
+/// A registry with an image, and a proxy before it; the reference to the image by way of the proxy.
+fn behind(rule: impl Fn(&str, usize) -> Fault + Send + Sync + 'static) -> (Registry, Faults, String, String) {
+    let registry = Registry::empty();
+    let first = Daemon::with().plain_http(&registry).start();
+    let _outcome = push(&registry, &first, "team/app:1").ok();
+    let faults = Faults::before(registry.host(), rule);
+    let reference = format!("{}/team/app:1", faults.host());
+    let config = format!("[registry.\"{}\"]\n  http = true\n", faults.host());
+    (registry, faults, reference, config)
+}
+
+#[test]
+fn refusals_that_pass_are_waited_for() {
+    for status in [429, 503] {
+        // Each request is refused once, then served.
+        let (_registry, faults, reference, config) = behind(move |_, before| {
+            if before == 0 {
+                Fault::Status(status)
+            } else {
+                Fault::None
+            }
+        });
+        let daemon = Daemon::with().config(&config).start();
+        let context = Fixture::new(&format!("=== Dockerfile\nFROM {reference}\nRUN cat /pushed > /copy\n"));
+        // The reference gives up on these; Kiln tries again.
+        if harness::lab::is_reference() {
+            let _ = daemon.buildx().build(&context).run();
+        } else {
+            assert_eq!(
+                daemon.buildx().build(&context).image().file("copy").text(),
+                "pushed\n",
+                "after {status}"
+            );
+            assert!(faults.requests().len() > 3);
+        }
+    }
+}
+
+#[test]
+fn a_download_that_breaks_off_is_taken_up_again() {
+    let (_registry, faults, reference, config) = behind(|request, before| {
+        if request.contains("/blobs/") && before == 0 {
+            Fault::Cut(700)
+        } else {
+            Fault::None
+        }
+    });
+    let daemon = Daemon::with().config(&config).start();
+    let context = Fixture::new(&format!("=== Dockerfile\nFROM {reference}\nRUN cat /pushed > /copy\n"));
+    assert_eq!(daemon.buildx().build(&context).image().file("copy").text(), "pushed\n");
+    let blobs = faults
+        .requests()
+        .iter()
+        .filter(|request| request.starts_with("GET") && request.contains("/blobs/"))
+        .count();
+    assert!(blobs > 3, "some were asked for twice: {:?}", faults.requests());
+}
+
+#[test]
+fn a_refusal_that_stays_is_an_error() {
+    let (_registry, _faults, reference, config) = behind(|request, _| {
+        if request.contains("/blobs/") {
+            Fault::Status(403)
+        } else {
+            Fault::None
+        }
+    });
+    let daemon = Daemon::with().config(&config).start();
+    let context = Fixture::new(&format!("=== Dockerfile\nFROM {reference}\nRUN cat /pushed > /copy\n"));
+    daemon.buildx().build(&context).fails().says(&["403"]);
+}
+
+#[test]
+fn an_upload_that_is_refused_once_succeeds() {
+    let registry = Registry::empty();
+    let faults = Faults::before(registry.host(), |request, before| {
+        if request.starts_with("PUT") && before == 0 {
+            Fault::Status(503)
+        } else {
+            Fault::None
+        }
+    });
+    let config = format!("[registry.\"{}\"]\n  http = true\n", faults.host());
+    let daemon = Daemon::with().config(&config).start();
+    let reference = format!("{}/team/app:1", faults.host());
+    let outcome = daemon
+        .buildx()
+        .build(&Fixture::new(APP))
+        .args(&["-t", &reference, "--push"])
+        .run();
+    if outcome.code == Some(0) {
+        assert_eq!(
+            Image::pull(&registry, "team/app", "1").file("pushed").text(),
+            "pushed\n"
+        );
+    } else {
+        // The reference may give up here.
+        assert!(harness::lab::is_reference(), "{}", outcome.stderr);
     }
 }

@@ -12,7 +12,7 @@
 //! ```
 //!
 //! The tour: [`lab`] knows where the lab's images and clients are; [`process`] starts programs that cannot outlive the test;
-//! [`daemon`], [`registry`], [`http`] and [`buildx`] are the actors; [`fixture`] and [`image`] are what goes in and what comes out;
+//! [`daemon`], [`registry`], [`http`] and [`buildx`] are the actors, [`faults`] their bad day; [`fixture`] and [`image`] are what goes in and what comes out;
 //! [`progress`] reads buildx's plain output; [`redact`] takes out what differs from run to run.
 //!
 //! Which daemon is tested: `kilnd` of the same target directory, or the program that `KILN_E2E_DAEMON` names. The second is how a
@@ -25,6 +25,7 @@
 
 pub mod buildx;
 pub mod daemon;
+pub mod faults;
 pub mod fixture;
 pub mod http;
 pub mod image;
@@ -36,6 +37,7 @@ pub mod registry;
 
 pub use buildx::{Build, Buildx, Outcome};
 pub use daemon::Daemon;
+pub use faults::{Fault, Faults};
 pub use fixture::Fixture;
 pub use http::HttpServer;
 pub use image::{Entry, Image, Kind, Layer};
