@@ -11,7 +11,7 @@ use kiln_session::ssh::AgentSocket;
 use kiln_session::{SessionError, SessionErrorKind, SessionId, SessionManager};
 use kiln_solver::{TeardownGuard, WorkerError as _};
 use kiln_store::{
-    ActiveRoot, ActiveSnapshot, LayerRef, Mount, Native, OverlayFs, Snapshotter, Stop, Store, Tenant, View,
+    ActiveRoot, ActiveSnapshot, LayerRef, Mount, Snapshotter, Stop, Store, Tenant, View,
 };
 
 use crate::cache_mounts::TakenCache;
@@ -278,7 +278,7 @@ impl Making<'_> {
     }
 
     fn snapshotter(&self) -> &'static dyn Snapshotter {
-        if self.store.is_native() { &Native } else { &OverlayFs }
+        self.store.snapshotter()
     }
 
     /// A new snapshot over the mount's input, writable.
