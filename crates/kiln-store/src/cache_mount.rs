@@ -333,17 +333,16 @@ impl Store {
     /// Measures cache mounts that were used since the last time.
     pub(crate) fn measure_cache_mounts(&self, stop: &kiln_fs::Stop) {
         let stale: Vec<DirId> = {
-            let mut instances = self.cache_mounts.instances.lock();
-            let free = instances.iter_mut().filter(|(_, i)| i.stale && i.used == Use::Free);
-            free.map(|(id, i)| {
-                i.stale = false;
-                id.clone()
-            })
-            .collect()
+            let instances = self.cache_mounts.instances.lock();
+            let free = instances.iter().filter(|(_, i)| i.stale && i.used == Use::Free);
+            free.map(|(id, _)| id.clone()).collect()
         };
         for id in stale {
             if stop.is_stopped() {
                 return;
+            }
+            if let Some(instance) = self.cache_mounts.instances.lock().get_mut(&id) {
+                instance.stale = false;
             }
             let dir = self.dir.part("cache-mounts").join(id.as_str());
             let measured = disk_usage(&dir).unwrap_or(0);

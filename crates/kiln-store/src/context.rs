@@ -351,17 +351,16 @@ impl Store {
     pub(crate) fn measure_directories(&self, stop: &Stop) {
         self.measure_cache_mounts(stop);
         let stale: Vec<DirId> = {
-            let mut table = self.contexts.0.lock();
-            let idle = table.iter_mut().filter(|(_, h)| h.stale && !h.writing && !h.dying);
-            idle.map(|(id, h)| {
-                h.stale = false;
-                id.clone()
-            })
-            .collect()
+            let table = self.contexts.0.lock();
+            let idle = table.iter().filter(|(_, h)| h.stale && !h.writing && !h.dying);
+            idle.map(|(id, _)| id.clone()).collect()
         };
         for id in stale {
             if stop.is_stopped() {
                 return;
+            }
+            if let Some(held) = self.contexts.0.lock().get_mut(&id) {
+                held.stale = false;
             }
             let dir = self.dir.part("contexts").join(id.as_str());
             let measured = disk_usage(&dir).unwrap_or(0);

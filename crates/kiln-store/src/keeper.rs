@@ -24,6 +24,11 @@ struct State {
     end: bool,
 }
 
+/// With this many bytes waiting in the trash a seal comes early,
+const PRESSED: u64 = 64 << 20;
+/// but not within this time of the last one.
+const PRESSED_AFTER: Duration = Duration::from_secs(1);
+
 /// Handle on the thread.
 #[derive(Debug, Default)]
 pub(crate) struct Keeper {
@@ -98,18 +103,22 @@ fn run(signal: &Signal, store: &Weak<Store>, stop: &Stop) {
             tracing::warn!(%error, "the index could not be synced");
         }
         store.measure_directories(stop);
-        if sealed_at.elapsed() >= every || !store.trash.is_empty() {
+        let since = sealed_at.elapsed();
+        // A seal writes out the whole file system, also what others wrote: not more often than needed.
+        let pressed = since >= PRESSED_AFTER && store.trash.waiting(store.epochs.sealed()) >= PRESSED;
+        if since >= every || pressed {
             if let Err(error) = store.epochs.seal() {
                 tracing::warn!(%error, "written data could not be made durable");
             }
             sealed_at = Instant::now();
-            if let Err(error) = store.trash.empty(&store, stop)
-                && !error.is_canceled()
-            {
-                tracing::debug!(%error, "the trash is not empty");
-            }
         }
-        if store.epochs.is_dirty() || store.index.is_dirty() {
+        if !store.trash.is_empty()
+            && let Err(error) = store.trash.empty(&store, stop)
+            && !error.is_canceled()
+        {
+            tracing::debug!(%error, "the trash is not empty");
+        }
+        if store.epochs.is_dirty() || store.index.is_dirty() || !store.trash.is_empty() {
             let rest = every.saturating_sub(sealed_at.elapsed());
             drop(store);
             let mut state = signal.state.lock();

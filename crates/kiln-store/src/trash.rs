@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use kiln_fs::{Dir, Stop};
 use parking_lot::Mutex;
 
+use crate::epoch::Writing;
 use crate::error::{IoContext as _, Result};
 use crate::ids::DirId;
 use crate::ledger::Area;
@@ -34,15 +35,13 @@ impl Trash {
     pub(crate) fn discard(&self, store: &Store, path: &Path, area: Area, bytes: u64) -> Result<()> {
         let name = DirId::random().to_string();
         let target = store.dir.part("trash").join(&name);
-        let writing = store.epochs.enter();
+        // No record names what lies under `active/`: its removal need not wait for anything.
+        let writing = (area != Area::Active).then(|| store.epochs.enter());
+        let epoch = writing.as_ref().map_or(0, Writing::epoch);
         match fs::rename(path, &target) {
             Ok(()) => {
                 store.ledger.transfer(area, Area::Trash, bytes);
-                self.items.lock().push_back(Item {
-                    name,
-                    epoch: writing.epoch(),
-                    bytes,
-                });
+                self.items.lock().push_back(Item { name, epoch, bytes });
                 drop(writing);
                 store.keeper.wake();
                 Ok(())
@@ -77,6 +76,16 @@ impl Trash {
         self.items.lock().is_empty()
     }
 
+    /// Bytes that wait for a seal.
+    pub(crate) fn waiting(&self, sealed: u64) -> u64 {
+        self.items
+            .lock()
+            .iter()
+            .filter(|i| i.epoch > sealed)
+            .map(|i| i.bytes)
+            .sum()
+    }
+
     /// Unlinks what was moved here in sealed epochs. Returns the bytes freed.
     pub(crate) fn empty(&self, store: &Store, stop: &Stop) -> Result<u64> {
         let _one = self.emptying.lock();
@@ -88,10 +97,8 @@ impl Trash {
             let sealed = store.epochs.sealed();
             let next = {
                 let mut items = self.items.lock();
-                match items.front() {
-                    Some(item) if item.epoch <= sealed => items.pop_front(),
-                    _ => None,
-                }
+                let ready = items.iter().position(|item| item.epoch <= sealed);
+                ready.and_then(|n| items.remove(n))
             };
             let Some(item) = next else { return Ok(freed) };
             if let Err(error) = kiln_fs::remove::remove_tree(&dir, &item.name, stop) {

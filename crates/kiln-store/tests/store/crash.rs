@@ -8,7 +8,7 @@ use std::process::{Child, Command, Stdio};
 use kiln_oci::Digest;
 use kiln_store::{LayerRef, NewRecord, RealizeCtx, Store, Time};
 
-use crate::support::{files, layer, open, owned, tenant};
+use crate::support::{files, layer, open, owned, tenant, wait};
 
 /// Environment of the writer process: the state directory.
 const WRITER: &str = "KILN_STORE_TEST_WRITER";
@@ -69,6 +69,33 @@ fn write(dir: &Path, round: &str, say: impl Fn(&str) -> bool) {
             if !say(&format!("again {}", n - 1)) {
                 return;
             }
+        }
+        if n % 3 == 2 {
+            // Something nobody needs comes, is packed, and is collected again.
+            let junk = layer(&store, None, &[("junk", &text)]);
+            let ctx = RealizeCtx::default();
+            wait(store.blob_for(&junk, kiln_store::Algorithm::Gzip.into(), false, &ctx)).unwrap();
+            records
+                .save(NewRecord {
+                    keys: vec![key("junk", n)],
+                    parts: serde_json::Value::Null,
+                    outputs: vec![Some(junk.clone())],
+                    aliases: Vec::new(),
+                    notes: Vec::new(),
+                    created_at: Time::now(),
+                })
+                .unwrap();
+            let id = junk.id().to_string();
+            drop(junk);
+            let filter = |r: &kiln_store::UsageRecord| r.id == id;
+            // With a limit, blobs in grace stay: those acknowledged above are not leased.
+            let policy = kiln_store::GcPolicy {
+                max_used_space: 1,
+                ..Default::default()
+            };
+            let stop = kiln_store::Stop::new();
+            store.prune(&tenant(), &policy, &filter, &stop, &mut |_| {}).unwrap();
+            assert!(records.lookup(&key("junk", n)).unwrap().is_none());
         }
         parent = if n % 4 == 3 { None } else { Some(made) };
     }
