@@ -183,6 +183,7 @@ impl BuildBridge {
     /// Runs a frontend by name.
     async fn frontend(&self, request: &SolveRequest) -> Result<BuildResult, WireError> {
         let mut attrs = request.frontend_attrs.clone();
+        self.build.trail.frontend(&request.frontend, &attrs);
         match request.frontend.as_str() {
             "dockerfile.v0" => {}
             "gateway.v0" => {

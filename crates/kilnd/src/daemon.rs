@@ -11,7 +11,8 @@ use kiln_proto::control::control_server::ControlServer;
 use kiln_proto::gateway::llb_bridge_server::LlbBridgeServer;
 use kiln_proto::otlp::trace_service_server::TraceServiceServer;
 use kiln_proto::worker::{BuildkitVersion, WorkerRecord};
-use kiln_session::SessionManager;
+use kiln_registry::Registry;
+use kiln_session::{SessionId, SessionManager};
 use kiln_solver::{DirSpool, Solver, SolverOptions};
 use kiln_store::Store;
 use kiln_worker::LlbWorker;
@@ -22,9 +23,11 @@ use crate::builds::Builds;
 use crate::config::Config;
 use crate::content::Blobs;
 use crate::control::Front;
+use crate::credentials::SessionCredentials;
 use crate::gateway::Gateway;
 use crate::history::{History, Limits};
 use crate::listen::Listeners;
+use crate::start::StartError;
 use crate::telemetry::Traces;
 
 /// The largest message accepted and sent, as other BuildKit daemons have it.
@@ -50,6 +53,8 @@ pub struct Daemon {
     pub builds: Builds,
     /// Ended builds.
     pub history: History,
+    /// Registries, as configured.
+    pub registry: Registry,
     /// Solves graphs.
     pub solver: Solver<LlbWorker>,
     /// Platforms steps can run on, the native one first.
@@ -71,6 +76,8 @@ pub struct Parts {
     pub store: Arc<Store>,
     /// Open sessions, shared with the worker.
     pub sessions: SessionManager,
+    /// Registries, as configured.
+    pub registry: Registry,
     /// Carries operations out.
     pub worker: LlbWorker,
     /// Platforms steps can run on.
@@ -80,30 +87,32 @@ pub struct Parts {
 }
 
 impl Daemon {
-    /// Wires the rooms. Blocking: reads the history.
-    pub fn new(parts: Parts) -> std::io::Result<Arc<Self>> {
-        let Parts { config, store, sessions, worker, platforms, snapshotter } = parts;
+    /// Joins the rooms. Blocking.
+    pub fn new(parts: Parts) -> Result<Arc<Self>, StartError> {
+        let Parts { config, store, sessions, registry, worker, platforms, snapshotter } = parts;
         let limits = Limits { age: config.history_age, entries: config.history_entries };
-        let history = History::open(&config.root.join("history"), limits)?;
+        let history = History::new(&store, limits);
+        let io = |source| StartError::Io { action: "prepare the state directory", source };
         // Progress of builds that a killed daemon left behind is of no use.
         let progress_dir = config.root.join("active/progress");
         match std::fs::remove_dir_all(&progress_dir) {
             Ok(()) => {}
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
-            Err(e) => return Err(e),
+            Err(e) => return Err(io(e)),
         }
-        std::fs::create_dir_all(&progress_dir)?;
+        std::fs::create_dir_all(&progress_dir).map_err(io)?;
         let spool = Arc::new(DirSpool::new(progress_dir.clone()));
         let cache = kiln_worker::StoreCache::new(Arc::clone(&store));
         let options = SolverOptions { max_parallelism: config.max_parallelism, spool, ..SolverOptions::default() };
         let solver = Solver::new(worker, Arc::new(cache), options);
-        let worker_id = worker_id(&config)?;
-        let collector = crate::usage::Collector::new(&config, &store);
+        let worker_id = worker_id(&config).map_err(io)?;
+        let collector = crate::usage::Collector::new(&config, &store)?;
         Ok(Arc::new(Self {
             config,
             sessions,
             builds: Builds::default(),
             history,
+            registry,
             solver,
             platforms,
             worker_id,
@@ -117,6 +126,12 @@ impl Daemon {
     /// Carries operations out.
     pub fn worker(&self) -> &LlbWorker {
         self.solver.worker()
+    }
+
+    /// What a build of this session brings along for its operations.
+    pub fn client(&self, session: &SessionId) -> kiln_worker::Client {
+        let credentials = SessionCredentials::new(self.sessions.clone(), session.clone());
+        kiln_worker::Client::new(session.clone(), self.registry.client(Arc::new(credentials)))
     }
 
     /// The state directory.
@@ -193,7 +208,7 @@ pub async fn serve(
     shutdown: CancellationToken,
 ) -> Result<(), tonic::transport::Error> {
     let (_health, health) = tonic_health::server::health_reporter();
-    let background = daemon.collector.run(Arc::clone(&daemon), shutdown.clone());
+    let background = daemon.collector.run(shutdown.clone());
     let collector = tokio::spawn(background);
     let server = Server::builder()
         .initial_stream_window_size(STREAM_WINDOW)

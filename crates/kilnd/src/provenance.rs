@@ -25,6 +25,7 @@ type ImageKey = (String, Option<String>, String, Option<(String, String)>);
 #[derive(Debug, Default)]
 pub struct Trail {
     images: Mutex<HashMap<ImageKey, Arc<OnceCell<ImageMeta>>>>,
+    request: Mutex<Option<(String, BTreeMap<String, String>)>>,
 }
 
 /// An image that was looked up by a frontend.
@@ -37,6 +38,17 @@ pub struct ImageLookup {
 }
 
 impl Trail {
+    /// A frontend was asked for; the first one is what the user asked for.
+    pub fn frontend(&self, name: &str, attrs: &BTreeMap<String, String>) {
+        let mut request = self.request.lock().unwrap_or_else(PoisonError::into_inner);
+        request.get_or_insert_with(|| (name.to_owned(), attrs.clone()));
+    }
+
+    /// The frontend that was asked for, and its attributes.
+    pub fn request(&self) -> Option<(String, BTreeMap<String, String>)> {
+        self.request.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// The image, resolved by `resolve` if this build has not asked for it yet.
     pub async fn image(
         &self,

@@ -100,7 +100,7 @@ fn begin(daemon: &Arc<Daemon>, request: &SolveRequest) -> Result<(Arc<Build>, Re
     let job = daemon.solver.job(JobSpec {
         id: JobId::new(request.r#ref.clone()),
         tenant: Tenant::default(),
-        client: Arc::new(kiln_worker::Client::new(session.clone())),
+        client: Arc::new(daemon.client(&session)),
     });
     let counter = Counter::default();
     let recorder = tokio::spawn(record(Arc::clone(job.progress()), writer, counter.clone()));
