@@ -419,9 +419,9 @@ impl Bridge for BuildBridge {
 
 impl BuildBridge {
     /// Makes all file systems of a result real, all at once; the first error ends it.
-    pub async fn evaluate_all(&self, result: &BuildResult) -> Result<Vec<Option<kiln_worker::Ref>>, WireError> {
+    pub async fn evaluate_all(&self, result: &BuildResult) -> Result<Vec<kiln_worker::Ref>, WireError> {
         let one = async |r: &Option<BuildRef>| match r {
-            Some(r) => self.evaluate(r).await.map(Some),
+            Some(r) => self.evaluate(r).await,
             None => Ok(None),
         };
         match &result.refs {

@@ -231,8 +231,10 @@ async fn run(
     let bridge = BuildBridge::new(Arc::clone(daemon), Arc::clone(build));
     let result = outcome_of(request, &bridge).await?;
     let values = bridge.evaluate_all(&result).await?;
-    let statements = crate::attest::statements(daemon, build, &result, request, started)?;
-    let exported = export::run(daemon, build, request, &result, values, &statements).await?;
+    let finished = export::result(&bridge, &result, values).await?;
+    let platforms = export::platforms(&finished)?;
+    let statements = crate::attest::statements(daemon, build, &result, &platforms, request, started)?;
+    let exported = export::run(daemon, build, request, finished, &statements).await?;
     let (info, platforms, blobs) = crate::attest::history(&statements, &exported);
     Ok(Done { exported, info, platforms, blobs })
 }

@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use kiln_executor::NamespaceExecutor;
+use kiln_executor::{NamespaceConfig, NamespaceExecutor};
 use kiln_registry::{HostConfig, Proxies, Registry, RegistryConfig};
 use kiln_session::SessionManager;
 use kiln_store::{SnapshotterChoice, Store, StoreConfig};
-use kiln_worker::{LlbWorker, WorkerOptions};
+use kiln_worker::{LlbWorker, NetworkOptions, WorkerOptions};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
@@ -127,10 +127,7 @@ fn wire(config: Config) -> Result<(Arc<Daemon>, Arc<Store>), StartError> {
     let registry = Registry::new(registry_config(&config));
     registry.check()?;
     let sessions = SessionManager::new();
-    let executor = Arc::new(NamespaceExecutor::new(kiln_executor::Options {
-        rootless: config.rootless,
-        ..kiln_executor::Options::default()
-    })?);
+    let executor = Arc::new(NamespaceExecutor::new(NamespaceConfig::default())?);
     let platforms = if config.platforms.is_empty() {
         platforms::available()
     } else {
@@ -141,12 +138,23 @@ fn wire(config: Config) -> Result<(Arc<Daemon>, Arc<Store>), StartError> {
         executor,
         sessions: sessions.clone(),
         platforms: platforms.clone(),
-        network: config.network.clone(),
+        network: network(&config),
         cgroup_parent: config.cgroup_parent.clone(),
+        rootless: config.rootless,
     });
     let snapshotter = if store.is_native() { "native" } else { "overlayfs" }.to_owned();
     let parts = Parts { config, store: Arc::clone(&store), sessions, registry, worker, platforms, snapshotter };
     Ok((Daemon::new(parts)?, store))
+}
+
+fn network(config: &Config) -> NetworkOptions {
+    let dns = config.dns.clone().unwrap_or_default();
+    NetworkOptions {
+        mode: config.network.clone(),
+        nameservers: dns.nameservers,
+        search: dns.search_domains,
+        options: dns.options,
+    }
 }
 
 fn parse_platform(text: &str) -> Result<kiln_oci::Platform, ConfigError> {
