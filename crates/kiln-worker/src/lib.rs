@@ -30,3 +30,6 @@ pub use read::FileInfo;
 pub use source::{Source, SourceInstance, SourceKey};
 pub use surroundings::DnsSettings;
 pub use worker::{LlbWorker, NetworkOptions, Ref, WorkerOptions, store_tenant};
+
+mod shim;
+pub use shim::*;

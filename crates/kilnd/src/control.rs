@@ -14,6 +14,7 @@ use kiln_proto::control::{
 };
 use kiln_proto::worker::WorkerRecord;
 use kiln_session::session::SessionInfo;
+use kiln_store::Tenant;
 use tonic::metadata::MetadataValue;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -71,10 +72,11 @@ impl Control for Front {
             return Ok(with_clock(Box::pin(build.spool.follow().map(|m| m.map_err(|e| io_status(&e))))));
         }
         if let Some(logs) = self.0.history.get(&reference).and_then(|r| r.logs) {
-            let path = logs.digest.parse().ok().and_then(|d| self.0.history.blob(&d));
-            let path = path.ok_or_else(|| Status::not_found(format!("the log of {reference} is gone")))?;
-            let frames = spool::replay(&path).map_err(|e| io_status(&e))?;
-            return Ok(with_clock(Box::pin(futures::stream::iter(frames).map(|m| m.map_err(|e| io_status(&e))))));
+            let content = self.0.store().content(&Tenant::default());
+            let log = logs.digest.parse().ok().and_then(|d| content.open(&d).ok());
+            let log = log.ok_or_else(|| Status::not_found(format!("the log of {reference} is gone")))?;
+            let frames = futures::stream::iter(spool::replay(log));
+            return Ok(with_clock(Box::pin(frames.map(|m| m.map_err(|e| io_status(&e))))));
         }
         // The header goes out at once even when the build is yet to come: the client waits for it.
         let builds = self.0.builds.clone();

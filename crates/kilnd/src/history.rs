@@ -126,7 +126,7 @@ impl History {
     fn put(&self, record: &BuildHistoryRecord, blobs: Vec<Digest>) -> Result<(), StoreError> {
         self.0.stored.put(HistoryRecord {
             reference: record.r#ref.clone(),
-            created_at: created(record).map(Time::from).unwrap_or_else(Time::now),
+            created_at: created(record).map_or_else(Time::now, store_time),
             pinned: record.pinned,
             blobs,
             payload: record.encode_to_vec(),
@@ -243,6 +243,11 @@ fn store_error(error: &StoreError) -> WireError {
 
 fn created(record: &BuildHistoryRecord) -> Option<SystemTime> {
     record.created_at.and_then(|t| SystemTime::try_from(t).ok())
+}
+
+fn store_time(time: SystemTime) -> Time {
+    let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    Time(i64::try_from(since.as_nanos()).unwrap_or(i64::MAX))
 }
 
 /// The digest of a file's content, and its size. Blocking.

@@ -5,7 +5,7 @@
 //! `StatusResponse`, which is also the format of the `logs` blob of a build record.
 
 use std::fs::File;
-use std::io::{self, Write as _};
+use std::io::{self, BufRead, BufReader, Read, Write as _};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -121,24 +121,37 @@ impl Spool {
     }
 }
 
-/// The messages of a finished spool file.
-pub fn replay(path: &Path) -> io::Result<impl Iterator<Item = io::Result<StatusResponse>>> {
-    let file = File::open(path)?;
-    let len = file.metadata()?.len();
-    let mut at = 0;
-    Ok(std::iter::from_fn(move || {
-        if at >= len {
+/// The messages of a finished spool.
+pub fn replay(reader: impl Read) -> impl Iterator<Item = io::Result<StatusResponse>> {
+    let mut reader = BufReader::new(reader);
+    let mut ended = false;
+    std::iter::from_fn(move || {
+        if ended {
             return None;
         }
-        Some(
-            read_frame(&file, at)
-                .map(|(next, message)| {
-                    at = next;
-                    message
-                })
-                .inspect_err(|_| at = len),
-        )
-    }))
+        let next = next_frame(&mut reader).transpose();
+        ended = !matches!(next, Some(Ok(_)));
+        next
+    })
+}
+
+fn next_frame(reader: &mut impl BufRead) -> io::Result<Option<StatusResponse>> {
+    if reader.fill_buf()?.is_empty() {
+        return Ok(None);
+    }
+    let mut header = [0u8; 4];
+    reader.read_exact(&mut header)?;
+    let mut frame = vec![0u8; frame_length(header)?];
+    reader.read_exact(&mut frame)?;
+    StatusResponse::decode(Bytes::from(frame)).map(Some).map_err(io::Error::other)
+}
+
+fn frame_length(header: [u8; 4]) -> io::Result<usize> {
+    let len = u32::from_le_bytes(header) as usize;
+    if len > MAX_FRAME {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, format!("progress frame of {len} bytes")));
+    }
+    Ok(len)
 }
 
 fn read_frame(file: &File, at: u64) -> io::Result<(u64, StatusResponse)> {
@@ -188,7 +201,7 @@ mod tests {
         assert_eq!(waiting.await.unwrap(), [message("b"), message("c")]);
         let late: Vec<_> = spool.follow().map(|m| m.unwrap()).collect().await;
         assert_eq!(late, [message("a"), message("b"), message("c")]);
-        let replayed: Vec<_> = replay(&path).unwrap().map(|m| m.unwrap()).collect();
+        let replayed: Vec<_> = replay(File::open(&path).unwrap()).map(|m| m.unwrap()).collect();
         assert_eq!(replayed, late);
     }
 
@@ -202,7 +215,7 @@ mod tests {
         drop(writer);
         let bytes = std::fs::read(&path).unwrap();
         std::fs::write(&path, &bytes[..bytes.len() - 1]).unwrap();
-        let replayed: Vec<_> = replay(&path).unwrap().collect();
+        let replayed: Vec<_> = replay(File::open(&path).unwrap()).collect();
         assert_eq!(replayed.len(), 2);
         assert_eq!(*replayed[0].as_ref().unwrap(), message("a"));
         assert!(replayed[1].is_err());

@@ -67,8 +67,12 @@ fn wire(record: &Usage) -> UsageRecord {
     }
 }
 
+fn system_time(time: Time) -> SystemTime {
+    SystemTime::UNIX_EPOCH + Duration::from_nanos(u64::try_from(time.0).unwrap_or(0))
+}
+
 fn time(time: Time) -> kiln_proto::Timestamp {
-    timestamp(SystemTime::from(time))
+    timestamp(system_time(time))
 }
 
 /// Nanoseconds as the wire has them; negative ones are none.
@@ -83,7 +87,7 @@ pub async fn list(daemon: &Arc<Daemon>, filter: &[String], age: i64) -> Result<V
     blocking(move || {
         let now = SystemTime::now();
         let old_enough = |r: &Usage| {
-            let used = SystemTime::from(r.last_used.unwrap_or(r.created_at));
+            let used = system_time(r.last_used.unwrap_or(r.created_at));
             age.is_zero() || now.duration_since(used).unwrap_or_default() >= age
         };
         let records = store.usage(&Tenant::default());
@@ -247,7 +251,7 @@ fn default_rules(config: &Config, disk: Option<u64>) -> Vec<GcRule> {
     let reserved = Some(reserved.unwrap_or_else(|| at_most(10, 10_000_000_000)));
     let free = Some(free.unwrap_or(DiskSpace::Percent(20)));
     let max = Some(max.unwrap_or_else(|| at_most(80, 100_000_000_000)));
-    let transient = [RecordType::SourceLocal, RecordType::ExecCacheMount, RecordType::SourceGitCheckout];
+    let transient = [RecordType::Local, RecordType::CacheMount, RecordType::Git];
     vec![
         GcRule {
             filters: transient.iter().map(|t| format!("type=={t}")).collect(),
