@@ -371,3 +371,95 @@ fn stopping_ends_it() {
     let result = apply(&archive(&[("f", b'0', "x")])[..], b, &ApplyOptions::default(), &stop);
     assert!(matches!(result, Err(StoreError::Canceled)), "{result:?}");
 }
+
+/// What a manifest says, in a form that can be compared with what is on disk.
+fn facts(entries: &[kiln_store::Entry]) -> Vec<String> {
+    let mut groups: std::collections::HashMap<u32, usize> = std::collections::HashMap::new();
+    let mut sorted: Vec<&kiln_store::Entry> = entries.iter().collect();
+    sorted.sort_by(|a, b| kiln_store::manifest::compare(&a.path, &b.path));
+    let mut out = Vec::new();
+    for (index, e) in sorted.into_iter().enumerate() {
+        // Links are told by the first name of their group; a group of one is none.
+        let first = if e.link_group == 0 {
+            index
+        } else {
+            *groups.entry(e.link_group).or_insert(index)
+        };
+        let whiteout = e.kind == Kind::Whiteout;
+        let time = if whiteout { 0 } else { e.mtime.secs };
+        out.push(format!(
+            "{:?} {:?} {:o} {}:{} {} at {time} -> {:?} = {first} {}",
+            String::from_utf8_lossy(&e.path),
+            e.kind,
+            e.mode,
+            e.uid,
+            e.gid,
+            e.size,
+            String::from_utf8_lossy(&e.target),
+            e.opaque
+        ));
+    }
+    out
+}
+
+proptest::proptest! {
+    #![proptest_config(proptest::test_runner::Config { cases: 120, failure_persistence: None, ..Default::default() })]
+
+    /// Whatever an archive holds, in whatever order: it is applied or refused, nothing appears outside, and an applied
+    /// tree's manifest says exactly what is on disk.
+    #[test]
+    fn any_archive(members in proptest::collection::vec(
+        ("(\\.\\./|/|\\./)?[abc](/[abc]|/\\.\\.|/\\.){0,3}/?", 0u8..8, "(/|\\.\\./)?[abc](/[abc]){0,2}"), 1..14)) {
+        let mut w = TarWriter::new(Vec::new());
+        for (name, kind, target) in &members {
+            let trimmed = name.trim_end_matches('/');
+            let (dir, last) = trimmed.rsplit_once('/').unwrap_or(("", trimmed));
+            let (name, typeflag, link, size) = match kind {
+                0 | 1 => (trimmed.to_owned(), b'0', "", target.len()),
+                2 => (format!("{trimmed}/"), b'5', "", 0),
+                3 => (trimmed.to_owned(), b'2', target.as_str(), 0),
+                4 => (trimmed.to_owned(), b'1', target.as_str(), 0),
+                5 => (format!("{dir}/.wh.{last}"), b'0', "", 0),
+                6 => (format!("{trimmed}/.wh..wh..opq"), b'0', "", 0),
+                _ => (trimmed.to_owned(), b'6', "", 0),
+            };
+            let h = Header {
+                name: name.as_bytes(),
+                typeflag,
+                mode: 0o640 + u32::from(*kind),
+                uid: 3,
+                gid: 4,
+                mtime: 77,
+                size: size as u64,
+                linkname: link.as_bytes(),
+                ..Header::default()
+            };
+            w.header(&h).unwrap();
+            if size > 0 {
+                w.data(target.as_bytes()).unwrap();
+            }
+        }
+        let bytes = w.finish().unwrap();
+        let outer = tempfile::tempdir().unwrap();
+        let dir = outer.path().join("tree");
+        std::fs::create_dir(&dir).unwrap();
+        let b = TreeBuilder::create(&dir, OverlayXattr::Trusted).unwrap();
+        let result = apply(&bytes[..], b, &ApplyOptions::default(), &Stop::new());
+        let names: Vec<_> = std::fs::read_dir(outer.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+        proptest::prop_assert_eq!(names, ["tree"]);
+        match result {
+            Err(StoreError::Invalid(_)) => {}
+            Err(other) => return Err(proptest::test_runner::TestCaseError::fail(other.to_string())),
+            Ok(done) => {
+                let again = TreeBuilder::create(&dir, OverlayXattr::Trusted).unwrap();
+                let disk = kiln_store::snapshot::scan::upper(&again, &Stop::new()).unwrap();
+                proptest::prop_assert_eq!(facts(done.tree.manifest().unwrap().entries()), facts(&disk));
+                // What goes out comes in again as the same tree.
+                let out = tar_of(&done.tree, &View::scratch());
+                let (_t, back) = applied(&out);
+                let listed = |t: &Tree| listing(t).iter().map(|l| l.replacen("o ", "d ", 1)).collect::<Vec<_>>();
+                proptest::prop_assert_eq!(listed(&back.unwrap().tree), listed(&done.tree));
+            }
+        }
+    }
+}

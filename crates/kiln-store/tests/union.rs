@@ -773,7 +773,7 @@ fn acts() -> impl proptest::strategy::Strategy<Value = Vec<Act>> {
 }
 
 proptest::proptest! {
-    #![proptest_config(proptest::test_runner::Config { cases: 40, ..Default::default() })]
+    #![proptest_config(proptest::test_runner::Config { cases: 40, failure_persistence: None, ..Default::default() })]
 
     /// Three rounds of random actions, each a new layer: the stack shows what a real overlay shows after the same
     /// actions, by the view and by mounting the written trees; and archive and back changes nothing.
@@ -804,6 +804,13 @@ proptest::proptest! {
             }
             let tree = w.finish(&Stop::new()).unwrap();
             proptest::prop_assert!(tree.manifest().unwrap().entries().iter().all(|e| !e.opaque));
+            // The manifest says what is on disk.
+            let fact = |e: &kiln_store::Entry| (e.path.clone(), e.kind, e.mode, e.uid, e.gid, e.size, e.target.clone());
+            let again = TreeBuilder::create(tree.dir(), overlay_xattr()).unwrap();
+            let mut disk = kiln_store::snapshot::scan::upper(&again, &Stop::new()).unwrap();
+            disk.sort_by(|a, b| kiln_store::manifest::compare(&a.path, &b.path));
+            let said: Vec<_> = tree.manifest().unwrap().entries().iter().map(fact).collect();
+            proptest::prop_assert_eq!(said, disk.iter().map(fact).collect::<Vec<_>>());
             let next = with(&view, tree.clone());
             let want = survey(&real.0);
             proptest::prop_assert_eq!(&survey_view(&next), &want);

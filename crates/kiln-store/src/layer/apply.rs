@@ -352,6 +352,12 @@ impl<'a> Layer<'a> {
         for k in below {
             self.entries.remove(&k);
         }
+        // Everything below `path` lies between `path/` and `path0` ('0' follows '/').
+        let (from, to) = ([path, b"/"].concat(), [path, b"0"].concat());
+        let hidden: Vec<Vec<u8>> = self.whiteouts.range(from..to).cloned().collect();
+        for k in hidden {
+            self.whiteouts.remove(&k);
+        }
         Ok(())
     }
 
