@@ -10,9 +10,7 @@ use kiln_llb::op::{ExecMount, ExecOp, MountType, OutputIndex};
 use kiln_session::ssh::AgentSocket;
 use kiln_session::{SessionError, SessionErrorKind, SessionId, SessionManager};
 use kiln_solver::{TeardownGuard, WorkerError as _};
-use kiln_store::{
-    ActiveRoot, ActiveSnapshot, LayerRef, Mount, Snapshotter, Stop, Store, Tenant, View,
-};
+use kiln_store::{ActiveRoot, ActiveSnapshot, LayerRef, Mount, Stop, Store, Tenant, View};
 
 use crate::cache_mounts::TakenCache;
 use crate::error::OpError;
@@ -277,10 +275,6 @@ impl Making<'_> {
         self.inputs.get(mount.input? as usize)?.as_ref()
     }
 
-    fn snapshotter(&self) -> &'static dyn Snapshotter {
-        self.store.snapshotter()
-    }
-
     /// A new snapshot over the mount's input, writable.
     fn writable(&mut self, mount: &ExecMount) -> Result<Mount, OpError> {
         let (layer, view) = match self.input(mount) {
@@ -288,7 +282,10 @@ impl Making<'_> {
             None => (None, View::scratch()),
         };
         let snapshot = self.store.new_active(self.tenant, layer.as_ref(), &view)?;
-        let root = self.snapshotter().prepare(&view, snapshot.builder()?, self.stop)?;
+        let root = self
+            .store
+            .snapshotter()
+            .prepare(&view, snapshot.builder()?, self.stop)?;
         let shown = root.mount().clone();
         let output = if mount.readonly { None } else { mount.output_index() };
         self.kept
@@ -311,7 +308,7 @@ impl Making<'_> {
         let scratch = snapshot.dir().join("scratch");
         std::fs::create_dir(&scratch)
             .map_err(|e| OpError::internal(format!("cannot make a directory for a mount: {e}")).because(e))?;
-        let shown = self.snapshotter().read_only(&input.view, &scratch, self.stop)?;
+        let shown = self.store.snapshotter().read_only(&input.view, &scratch, self.stop)?;
         self.kept.scratch.push(snapshot);
         self.kept.views.push(input.view.clone());
         Ok(shown)

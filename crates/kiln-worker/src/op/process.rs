@@ -107,7 +107,8 @@ impl Op<LlbWorker> for ExecOperation {
         let tenant = store_tenant(cx.tenant())?;
         let mut group: Vec<SessionId> = Vec::new();
         for client in cx.clients() {
-            if !group.contains(&client.session) {
+            // A client without a session has an empty id.
+            if !client.session.as_str().is_empty() && !group.contains(&client.session) {
                 group.push(client.session.clone());
             }
         }
