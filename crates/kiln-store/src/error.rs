@@ -194,6 +194,11 @@ impl StoreError {
         matches!(self.root(), Self::Io { source, .. } if source.kind() == io::ErrorKind::NotFound)
     }
 
+    /// Whether a tree cannot be used any more: files of it are missing or damaged.
+    pub(crate) fn is_lost_tree(&self) -> bool {
+        self.is_missing_file() || matches!(self.root(), Self::Damaged { .. })
+    }
+
     /// Whether the disk, or Kiln's own limit on it, is full.
     pub fn is_no_space(&self) -> bool {
         match self.root() {

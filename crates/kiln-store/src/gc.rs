@@ -254,11 +254,10 @@ impl Store {
                 }
             }
         }
-        self.sweep(if policy.keep_duration.is_zero() && !limited {
-            Duration::ZERO
-        } else {
-            BLOB_GRACE
-        })?;
+        // While somebody builds, a blob without a lease may be one that is about to be named.
+        let building = self.layers.lock().layers.values().any(|e| e.node.strong_count() > 0);
+        let everything = policy.keep_duration.is_zero() && !limited && !building;
+        self.sweep(if everything { Duration::ZERO } else { BLOB_GRACE })?;
         self.keeper.wake();
         Ok(freed)
     }

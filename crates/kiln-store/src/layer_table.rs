@@ -7,7 +7,7 @@ use kiln_oci::{ChainId, Descriptor, DiffId, Digest};
 use parking_lot::{Mutex, RwLock};
 use serde::{Deserialize, Serialize};
 
-use crate::error::Result;
+use crate::error::{IoContext as _, Result};
 use crate::ids::{LayerId, RecordType, Tenant, Time, TreeId};
 use crate::layer_ref::{LayerFacts, LayerNode, LayerRef};
 use crate::ledger::Area;
@@ -433,6 +433,52 @@ impl Store {
 }
 
 impl Store {
+    /// A layer's tree turned out to be damaged. Layers that use it and have a blob become lazy again; the others are lost,
+    /// and the cache records that name them with them. The files stay where they are until the next start: somebody may
+    /// still read them through a view that he has.
+    pub(crate) fn lose_tree(self: &Arc<Self>, node: &Arc<LayerNode>) -> Result<()> {
+        let Some((id, _)) = node.owner().facts.read().tree.clone() else {
+            return Ok(());
+        };
+        tracing::warn!(tree = %id, "a tree is damaged and not used any more");
+        let mut batch = crate::meta::Batch::new();
+        let mut held = Vec::new();
+        let mut lost = Vec::new();
+        {
+            let mut table = self.layers.lock();
+            table.trees.remove(&id);
+            table.chains.retain(|_, tree| *tree != id);
+            for entry in table
+                .layers
+                .values_mut()
+                .filter(|e| e.record.tree.as_ref() == Some(&id))
+            {
+                entry.record.tree = None;
+                if entry.record.blobs.is_empty() {
+                    entry.dying = true;
+                    lost.push(entry.record.id.clone());
+                    batch.remove(crate::meta::Table::Layers, entry.record.id.as_str());
+                } else if !entry.ephemeral {
+                    batch.put(crate::meta::Table::Layers, entry.record.id.as_str(), &entry.record)?;
+                }
+                held.extend(entry.node.upgrade());
+            }
+        }
+        for node in held {
+            node.facts.write().tree = None;
+        }
+        batch.remove(crate::meta::Table::Trees, id.as_str());
+        self.commit_or_warn(&batch, "loss of a tree");
+        for layer in lost {
+            self.drop_records_of(&layer)?;
+        }
+        let record = self.dir.tree(&id).join("record");
+        match std::fs::remove_file(&record) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error).during("remove", &record),
+            _ => Ok(()),
+        }
+    }
+
     /// Enters a node that exists in memory only; the record goes with its last handle.
     pub(crate) fn enter_ephemeral(self: &Arc<Self>, node: LayerNode) -> LayerRef {
         let record = LayerRecord {

@@ -85,12 +85,19 @@ impl Store {
         let Some(layer) = layer else { return Ok(View::scratch()) };
         let providers = layer.providers().merged(&ctx.providers);
         self.realize_nodes(&layer.node, &providers, ctx).await?;
-        self.view_of(&layer.node).await
+        match self.view_of(&layer.node).await {
+            // Its tree has been forgotten by now; a layer with a blob is unpacked once more.
+            Err(error) if error.is_lost_tree() && layer.is_obtainable(&providers) => {
+                self.realize_nodes(&layer.node, &providers, ctx).await?;
+                self.view_of(&layer.node).await
+            }
+            outcome => outcome,
+        }
     }
 
     /// The merged view of a layer that has all its trees. Reads manifests.
     pub(crate) async fn view_of(self: &Arc<Self>, node: &Arc<LayerNode>) -> Result<View> {
-        let node = node.clone();
+        let (store, node) = (self.clone(), node.clone());
         blocking("reading manifests", move |_| {
             let mut trees: Vec<Tree> = Vec::new();
             for node in node.chain() {
@@ -99,6 +106,12 @@ impl Store {
                     id: node.id.to_string(),
                 };
                 let tree = node.tree().ok_or_else(missing)?;
+                if let Err(error) = tree.manifest() {
+                    if error.is_lost_tree() {
+                        store.lose_tree(&node)?;
+                    }
+                    return Err(error);
+                }
                 // The same tree twice: only its upper place counts, and overlayfs refuses to have it twice.
                 trees.retain(|t| t.dir() != tree.dir());
                 trees.push(tree);

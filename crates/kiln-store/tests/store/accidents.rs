@@ -108,6 +108,58 @@ fn half_written_things_are_thrown_away() {
     assert!(!dir.path().join("blobs/sha256").join("00".repeat(32)).exists());
 }
 
+#[test]
+fn a_damaged_tree_is_a_miss_and_an_image_layer_is_unpacked_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let ctx = RealizeCtx::default();
+    let (blob, diff_id, bytes) = crate::support::archive(&[("f", "image")], kiln_store::Algorithm::Gzip.into());
+    let remote = crate::support::Remote::of(&[&bytes]);
+    let lazy = kiln_store::LazyLayer {
+        blob,
+        diff_id,
+        description: String::new(),
+        record_type: kiln_store::RecordType::Regular,
+        created_at: None,
+    };
+    let pull = |store: &Arc<Store>| store.lazy_layer(&tenant(), None, &lazy, Some(remote.clone())).unwrap();
+    assert_eq!(files(&store, Some(&pull(&store)), &ctx), owned(&[("f", "image")]));
+    drop(save(&store, 1).unwrap());
+    drop(save(&store, 2).unwrap());
+    let hit = store.records(&tenant()).lookup(&Digest::of("text 1")).unwrap().unwrap();
+    let damaged = [
+        pull(&store).tree().unwrap(),
+        hit.outputs[0].as_ref().unwrap().tree().unwrap(),
+    ];
+    drop(hit);
+    store.close().unwrap();
+    drop(store);
+    for tree in &damaged {
+        std::fs::write(tree.dir().join("manifest"), "not a manifest").unwrap();
+    }
+    let store = open(dir.path());
+    assert_eq!(files(&store, Some(&pull(&store)), &ctx), owned(&[("f", "image")]));
+    assert_eq!(remote.count(), 1, "the blob was still here");
+    let hit = store.records(&tenant()).lookup(&Digest::of("text 1")).unwrap().unwrap();
+    let error = crate::support::wait(store.realize(hit.outputs[0].as_ref(), &ctx)).unwrap_err();
+    assert!(matches!(error, StoreError::Damaged { .. }), "{error}");
+    assert!(
+        store
+            .records(&tenant())
+            .lookup(&Digest::of("text 1"))
+            .unwrap()
+            .is_none()
+    );
+    drop(hit);
+    assert_eq!(hits(&store, 3), 1);
+    store.close().unwrap();
+    drop(store);
+    let store = open(dir.path());
+    assert!(!damaged[0].dir().exists() && !damaged[1].dir().exists());
+    assert_eq!(files(&store, Some(&pull(&store)), &ctx), owned(&[("f", "image")]));
+    assert_eq!(hits(&store, 3), 1);
+}
+
 /// A small file system mounted for one test; `None` without the privilege to mount.
 struct Mounted(PathBuf);
 
