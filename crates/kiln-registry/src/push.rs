@@ -68,7 +68,8 @@ impl Client {
         let answer = self.send(&endpoint, &look).await?;
         match answer.status() {
             StatusCode::OK => return Ok(PushOutcome::Exists),
-            StatusCode::NOT_FOUND => {}
+            // An answer holds its permit: it must be gone before the next request waits for one.
+            StatusCode::NOT_FOUND => drop(answer),
             _ => return Err(self.status_error(&endpoint, &look, answer).await),
         }
         let retry = self.hosts.config().retry;
@@ -361,8 +362,9 @@ impl Client {
                 if there == Some(digest) {
                     return Ok(PushOutcome::Exists);
                 }
+                drop(answer);
             }
-            StatusCode::NOT_FOUND => {}
+            StatusCode::NOT_FOUND => drop(answer),
             _ => return Err(self.status_error(&endpoint, &look, answer).await),
         }
         let mut call = look;
