@@ -37,7 +37,6 @@ impl Client {
     async fn resolve_at(&self, endpoint: &Endpoint, reference: &ImageRef) -> Result<Resolved, RegistryError> {
         let call = manifest_call(Method::HEAD, endpoint, reference, &reference.object());
         let answer = self.send(endpoint, &call).await?;
-        // Some registries refuse HEAD; a GET gives the same and more.
         if answer.status() == StatusCode::OK {
             let digest = answer
                 .header("docker-content-digest")
@@ -53,13 +52,18 @@ impl Client {
                     bytes: None,
                 });
             }
+            drop(answer);
         } else if !matches!(
             answer.status(),
             StatusCode::METHOD_NOT_ALLOWED | StatusCode::BAD_REQUEST
         ) {
             let answer = self.expect(endpoint, &call, answer, &[]).await;
             return Err(answer.err().unwrap_or_else(|| not_found(endpoint, reference)));
+        } else {
+            drop(answer);
         }
+        // Some registries refuse HEAD or leave half of the answer out; a GET gives the same and more. The first answer's
+        // permit is back by now.
         self.get_at(endpoint, reference, reference.digest()).await
     }
 

@@ -298,6 +298,21 @@ async fn uploads_survive_broken_connections_and_size_limits() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_pushes_at_once_do_not_starve_one_another() {
+    let server = Server::open();
+    let mut c = config();
+    c.max_concurrency = 1;
+    let client = anonymous(c);
+    let name = image(&format!("{}/many:1", server.address));
+    let blobs: Vec<Vec<u8>> = (0..12).map(|n| noise(n, 50_000)).collect();
+    let source = Memory(blobs.clone());
+    let descriptors: Vec<_> = blobs.iter().map(|b| Descriptor::of(media_type::OCI_LAYER, b)).collect();
+    let pushes = descriptors.iter().map(|d| client.push_blob(&name, d, &[], &source));
+    let outcomes = futures::future::try_join_all(pushes).await.unwrap();
+    assert!(outcomes.iter().all(|o| *o == PushOutcome::Uploaded));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_failing_source_is_no_network_error() {
     let server = Server::open();
     let client = anonymous(config());
