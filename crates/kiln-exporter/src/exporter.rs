@@ -519,3 +519,20 @@ impl BuildResult {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The daemon exports from tasks.
+    #[test]
+    fn exports_may_move_between_threads() {
+        fn export<'a>(e: &'a Exporter, b: &'a BuildResult, r: &'a ExportRequest) -> impl Future + Send + 'a {
+            e.export(b, r)
+        }
+        fn finalize(e: &Exported) -> impl Future + Send + '_ {
+            e.finalize()
+        }
+        let _ = (export, finalize);
+    }
+}

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use futures::{StreamExt as _, TryStreamExt as _};
+use futures::{FutureExt as _, StreamExt as _, TryStreamExt as _};
 use kiln_oci::{Descriptor, ImageRef, media_type};
 use kiln_registry::{BlobSource, Client, RegistryError};
 
@@ -50,6 +50,23 @@ pub(crate) fn target(name: &str, by_digest: bool) -> Result<ImageRef, ExportErro
     Ok(parsed.or_latest())
 }
 
+async fn push_one(
+    client: &Client,
+    target: &ImageRef,
+    blob: &Descriptor,
+    places: &(dyn Fn(&Descriptor) -> Vec<String> + Sync),
+    source: &dyn BlobSource,
+) -> Result<(), RegistryError> {
+    let here = format!("{}/", target.domain());
+    let known = places(blob);
+    let from: Vec<String> = known
+        .iter()
+        .filter_map(|p| p.strip_prefix(&here))
+        .map(str::to_owned)
+        .collect();
+    client.push_blob(target, blob, &from, source).await.map(|_| ())
+}
+
 /// Pushes `image` to `target`: under its tag, or by digest alone if it has none. `places` tells repositories
 /// (`host/name`) that have a blob, so that it is mounted instead of uploaded.
 pub(crate) async fn push(
@@ -74,17 +91,11 @@ pub(crate) async fn push(
             .filter(|l| !media_type::is_foreign_layer(&l.media_type))
             .chain(small)
             .collect();
-        let push_one = async |blob: &Descriptor| -> Result<(), RegistryError> {
-            let here = format!("{}/", target.domain());
-            let from: Vec<String> = places(blob)
-                .iter()
-                .filter_map(|p| p.strip_prefix(&here))
-                .map(str::to_owned)
-                .collect();
-            client.push_blob(target, blob, &from, &source).await?;
-            Ok(())
-        };
-        let mut running = futures::stream::iter(blobs.into_iter().map(push_one)).buffer_unordered(PARALLEL);
+        let pushes: Vec<_> = blobs
+            .into_iter()
+            .map(|blob| push_one(client, target, blob, places, &source).boxed())
+            .collect();
+        let mut running = futures::stream::iter(pushes).buffer_unordered(PARALLEL);
         while let Some(()) = running.try_next().await.map_err(failed)? {}
     }
     // Documents are kept with children before parents, so the root comes last.

@@ -31,7 +31,12 @@ struct Fixture {
 }
 
 fn put(builder: &TreeBuilder, entries: &mut Vec<Entry>, path: &str, content: &[u8], mode: u32) {
-    builder.fs().create_file(path, mode).unwrap().write_all(content).unwrap();
+    builder
+        .fs()
+        .create_file(path, mode)
+        .unwrap()
+        .write_all(content)
+        .unwrap();
     let mut entry = Entry::new(path.as_bytes().to_vec(), Kind::Regular);
     (entry.mode, entry.size) = (mode, content.len() as u64);
     entry.mtime.secs = 1_700_000_000;
@@ -64,7 +69,10 @@ async fn fixture() -> Fixture {
     directory(&builder, &mut entries, "etc");
     put(&builder, &mut entries, "etc/conf", &vec![b'x'; 300_000], 0o640);
     builder.finish(entries).unwrap();
-    let meta = |d: &str| LayerMeta { description: d.into(), ..LayerMeta::default() };
+    let meta = |d: &str| LayerMeta {
+        description: d.into(),
+        ..LayerMeta::default()
+    };
     let base = active.commit(meta("base layer")).unwrap();
 
     let active = store.active_over(&tenant, Some(&base), &cx).await.unwrap();
@@ -77,7 +85,12 @@ async fn fixture() -> Fixture {
     entries.sort_by(|a, b| kiln_store::manifest::compare(&a.path, &b.path));
     builder.finish(entries).unwrap();
     let top = active.commit(meta("[2/2] RUN change")).unwrap();
-    Fixture { store, base, top, _dir: dir }
+    Fixture {
+        store,
+        base,
+        top,
+        _dir: dir,
+    }
 }
 
 #[derive(Default)]
@@ -100,14 +113,24 @@ impl Seen {
             }
         }
         for id in &ids {
-            assert!(all.iter().rev().find(|u| u.id == *id).unwrap().completed.is_some(), "{id} is still open");
+            assert!(
+                all.iter().rev().find(|u| u.id == *id).unwrap().completed.is_some(),
+                "{id} is still open"
+            );
         }
         ids
     }
 }
 
 async fn connect(exports: BTreeMap<usize, ExportTarget>, stores: BTreeMap<String, PathBuf>) -> Session {
-    let client = ClientSession::new("the-client", Attachments { exports, stores, ..Attachments::default() });
+    let client = ClientSession::new(
+        "the-client",
+        Attachments {
+            exports,
+            stores,
+            ..Attachments::default()
+        },
+    );
     let info = SessionInfo::from_headers(&client.headers()).unwrap();
     let (ours, theirs) = tokio::io::duplex(256 << 10);
     tokio::spawn(async move { drop(client.serve(theirs).await) });
@@ -122,7 +145,8 @@ fn attrs(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
 }
 
 fn single(layer: &LayerRef) -> BuildResult {
-    let config = br#"{"architecture":"amd64","os":"linux","config":{"Cmd":["/bin/tool"],"Healthcheck":{"Test":["NONE"]}}}"#;
+    let config =
+        br#"{"architecture":"amd64","os":"linux","config":{"Cmd":["/bin/tool"],"Healthcheck":{"Test":["NONE"]}}}"#;
     BuildResult {
         refs: Refs::Single(Some(layer.clone())),
         metadata: BTreeMap::from([("containerimage.config".to_owned(), config.to_vec())]),
@@ -138,7 +162,10 @@ fn provenance(inline_only: bool) -> Attestation {
         path: "provenance.json".into(),
         predicate_type: "https://slsa.dev/provenance/v1".into(),
         subjects: vec![],
-        metadata: attrs(&[("reason", "provenance"), ("inline-only", if inline_only { "true" } else { "false" })]),
+        metadata: attrs(&[
+            ("reason", "provenance"),
+            ("inline-only", if inline_only { "true" } else { "false" }),
+        ]),
     }
 }
 
@@ -170,7 +197,10 @@ async fn run(f: &Fixture, kind: &str, pairs: &[(&str, &str)], result: &BuildResu
     let path = dir.path().join("out");
     let delete = pairs.contains(&("mode", "delete"));
     let target = match kind {
-        "local" => ExportTarget::Directory { path: path.clone(), delete },
+        "local" => ExportTarget::Directory {
+            path: path.clone(),
+            delete,
+        },
         _ => ExportTarget::File(path.clone()),
     };
     if delete {
@@ -180,8 +210,16 @@ async fn run(f: &Fixture, kind: &str, pairs: &[(&str, &str)], result: &BuildResu
     let session = connect(BTreeMap::from([(0, target)]), BTreeMap::new()).await;
     let seen = Arc::new(Seen::default());
     let exporter = Exporter::new(kind, &attrs(pairs)).unwrap();
-    let exported = exporter.export(result, &request(f, Some(session), &seen)).await.unwrap();
-    Run { exported, seen, path, _dir: dir }
+    let exported = exporter
+        .export(result, &request(f, Some(session), &seen))
+        .await
+        .unwrap();
+    Run {
+        exported,
+        seen,
+        path,
+        _dir: dir,
+    }
 }
 
 fn untar(path: &Path) -> BTreeMap<String, Vec<u8>> {
@@ -211,7 +249,10 @@ async fn an_oci_archive_is_complete_and_the_same_every_time() {
     let files = untar(&first.path);
     let index: Index = serde_json::from_slice(&files["index.json"]).unwrap();
     assert_eq!(index.manifests.len(), 2);
-    assert_eq!(index.manifests[0].annotations["org.opencontainers.image.created"], "2023-11-14T22:21:40Z");
+    assert_eq!(
+        index.manifests[0].annotations["org.opencontainers.image.created"],
+        "2023-11-14T22:21:40Z"
+    );
     let manifest = blob(&files, &index.manifests[0].digest);
     kiln_oci::spec::image::ImageManifest::from_reader(manifest).unwrap();
     let manifest: Manifest = serde_json::from_slice(manifest).unwrap();
@@ -226,10 +267,18 @@ async fn an_oci_archive_is_complete_and_the_same_every_time() {
     }
     let response = &first.exported.response;
     assert_eq!(response["containerimage.digest"], index.manifests[0].digest.to_string());
-    assert_eq!(response["containerimage.config.digest"], manifest.config.digest.to_string());
-    assert_eq!(response["image.name"], "docker.io/library/alpine:3,docker.io/me/app:latest");
+    assert_eq!(
+        response["containerimage.config.digest"],
+        manifest.config.digest.to_string()
+    );
+    assert_eq!(
+        response["image.name"],
+        "docker.io/library/alpine:3,docker.io/me/app:latest"
+    );
     use base64::Engine as _;
-    let descriptor = base64::engine::general_purpose::STANDARD.decode(&response["containerimage.descriptor"]).unwrap();
+    let descriptor = base64::engine::general_purpose::STANDARD
+        .decode(&response["containerimage.descriptor"])
+        .unwrap();
     let descriptor: Descriptor = serde_json::from_slice(&descriptor).unwrap();
     assert_eq!(descriptor.platform.unwrap().id(), "linux/amd64");
     assert_eq!(
@@ -258,16 +307,29 @@ async fn other_tools_read_the_archives() {
         format!("oci-archive:{}", oci.path.display()),
         format!("docker-archive:{}:docker.io/me/app:1", docker.path.display()),
     ] {
-        let output = Command::new("skopeo").args(["inspect", "--config", &source]).output().expect("skopeo");
-        assert!(output.status.success(), "{source}: {}", String::from_utf8_lossy(&output.stderr));
+        let output = Command::new("skopeo")
+            .args(["inspect", "--config", &source])
+            .output()
+            .expect("skopeo");
+        assert!(
+            output.status.success(),
+            "{source}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
         let config = ImageConfig::parse(&output.stdout).unwrap();
         assert_eq!(config.diff_ids().unwrap().len(), 2);
         // a copy checks all digests
         let dir = tempfile::tempdir().unwrap();
         let target = format!("dir:{}", dir.path().display());
-        let output =
-            Command::new("skopeo").args(["copy", "--insecure-policy", &source, &target]).output().expect("skopeo");
-        assert!(output.status.success(), "{source}: {}", String::from_utf8_lossy(&output.stderr));
+        let output = Command::new("skopeo")
+            .args(["copy", "--insecure-policy", &source, &target])
+            .output()
+            .expect("skopeo");
+        assert!(
+            output.status.success(),
+            "{source}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
     }
     let files = untar(&docker.path);
     let manifest: serde_json::Value = serde_json::from_slice(&files["manifest.json"]).unwrap();
@@ -287,12 +349,27 @@ async fn attestations_force_an_index_unless_they_are_inline_only() {
     let top: Index = serde_json::from_slice(&files["index.json"]).unwrap();
     let index: Index = serde_json::from_slice(blob(&files, &top.manifests[0].digest)).unwrap();
     assert_eq!(index.manifests.len(), 2);
-    assert_eq!(index.manifests[1].annotations["vnd.docker.reference.type"], "attestation-manifest");
+    assert_eq!(
+        index.manifests[1].annotations["vnd.docker.reference.type"],
+        "attestation-manifest"
+    );
     let manifest: Manifest = serde_json::from_slice(blob(&files, &index.manifests[1].digest)).unwrap();
     blob(&files, &manifest.layers()[0].digest);
     blob(&files, &manifest.config.digest);
-    assert!(attached.seen.ids().iter().any(|i| i.starts_with("exporting attestation manifest sha256:")));
-    assert!(attached.seen.ids().iter().any(|i| i.starts_with("exporting manifest list sha256:")));
+    assert!(
+        attached
+            .seen
+            .ids()
+            .iter()
+            .any(|i| i.starts_with("exporting attestation manifest sha256:"))
+    );
+    assert!(
+        attached
+            .seen
+            .ids()
+            .iter()
+            .any(|i| i.starts_with("exporting manifest list sha256:"))
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -302,7 +379,12 @@ async fn docker_refuses_maps_and_platforms_must_be_named() {
     result.refs = Refs::ByPlatform(BTreeMap::from([("linux/amd64".to_owned(), Some(f.top.clone()))]));
     let seen = Arc::new(Seen::default());
     let export = async |kind: &str, result: &BuildResult| {
-        Exporter::new(kind, &BTreeMap::new()).unwrap().export(result, &request(&f, None, &seen)).await.err().unwrap()
+        Exporter::new(kind, &BTreeMap::new())
+            .unwrap()
+            .export(result, &request(&f, None, &seen))
+            .await
+            .err()
+            .unwrap()
     };
     assert_eq!(
         export("docker", &result).await.to_string(),
@@ -324,9 +406,10 @@ fn two_platforms(f: &Fixture) -> BuildResult {
     ]));
     let platforms = br#"{"Platforms":[{"ID":"linux/arm64","Platform":{"architecture":"arm64","os":"linux"}},{"ID":"linux/amd64","Platform":{"architecture":"amd64","os":"linux"}}]}"#;
     result.metadata.insert("refs.platforms".into(), platforms.to_vec());
-    result
-        .metadata
-        .insert("containerimage.config/linux/arm64".into(), br#"{"architecture":"arm64","os":"linux"}"#.to_vec());
+    result.metadata.insert(
+        "containerimage.config/linux/arm64".into(),
+        br#"{"architecture":"arm64","os":"linux"}"#.to_vec(),
+    );
     result
 }
 
@@ -337,7 +420,11 @@ async fn platforms_keep_the_frontends_order() {
     let files = untar(&exported.path);
     let top: Index = serde_json::from_slice(&files["index.json"]).unwrap();
     let index: Index = serde_json::from_slice(blob(&files, &top.manifests[0].digest)).unwrap();
-    let ids: Vec<_> = index.manifests.iter().map(|m| m.platform.as_ref().unwrap().id()).collect();
+    let ids: Vec<_> = index
+        .manifests
+        .iter()
+        .map(|m| m.platform.as_ref().unwrap().id())
+        .collect();
     assert_eq!(ids, ["linux/arm64", "linux/amd64"]);
     assert_eq!(index.annotations["k"], "v");
     let arm: Manifest = serde_json::from_slice(blob(&files, &index.manifests[0].digest)).unwrap();
@@ -354,7 +441,11 @@ async fn compression_and_clamped_times() {
         let manifest: Manifest = serde_json::from_slice(blob(&files, &top.manifests[0].digest)).unwrap();
         let config = ImageConfig::parse(blob(&files, &manifest.config.digest)).unwrap();
         let first = blob(&files, &manifest.layers()[0].digest).to_vec();
-        (manifest.layers()[0].media_type.clone(), config.diff_ids().unwrap(), first)
+        (
+            manifest.layers()[0].media_type.clone(),
+            config.diff_ids().unwrap(),
+            first,
+        )
     };
     let (kind, plain, bytes) = layers(&[("compression", "uncompressed")]).await;
     assert_eq!(kind, "application/vnd.oci.image.layer.v1.tar");
@@ -385,29 +476,51 @@ async fn files_into_a_directory() {
     assert_eq!(std::fs::read_to_string(local.path.join("etc/new")).unwrap(), "new\n");
     assert!(!local.path.join("etc/conf").exists());
     let (a, b) = (local.path.join("bin/alias"), local.path.join("bin/tool"));
-    assert_eq!(std::fs::metadata(&a).unwrap().ino(), std::fs::metadata(&b).unwrap().ino());
+    assert_eq!(
+        std::fs::metadata(&a).unwrap().ino(),
+        std::fs::metadata(&b).unwrap().ino()
+    );
     assert_eq!(std::fs::metadata(&a).unwrap().permissions().mode() & 0o7777, 0o755);
     assert_eq!(std::fs::metadata(&a).unwrap().mtime(), 1_700_000_000);
     assert_eq!(local.seen.ids(), ["copying files"]);
     assert!(local.exported.response.is_empty());
 
-    let deleted = run(&f, "local", &[("mode", "delete"), ("source-date-epoch", "77")], &single(&f.top)).await;
+    let deleted = run(
+        &f,
+        "local",
+        &[("mode", "delete"), ("source-date-epoch", "77")],
+        &single(&f.top),
+    )
+    .await;
     assert!(!deleted.path.join("stale").exists());
     assert_eq!(std::fs::metadata(deleted.path.join("etc/new")).unwrap().mtime(), 77);
 
     let mut result = two_platforms(&f);
-    result.attestations.insert("linux/amd64".into(), vec![provenance(false)]);
+    result
+        .attestations
+        .insert("linux/amd64".into(), vec![provenance(false)]);
     result.attestations.insert("linux/arm64".into(), vec![provenance(true)]);
     let split = run(&f, "local", &[("attestation-prefix", "build-")], &result).await;
     assert!(split.path.join("linux_arm64/etc/conf").exists());
     assert!(!split.path.join("linux_amd64/etc/conf").exists());
-    assert!(!split.path.join("linux_arm64/build-provenance.json").exists(), "inline-only ones are dropped");
+    assert!(
+        !split.path.join("linux_arm64/build-provenance.json").exists(),
+        "inline-only ones are dropped"
+    );
     let file = split.path.join("linux_amd64/build-provenance.json");
     assert_eq!(std::fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
     let text = std::fs::read_to_string(&file).unwrap();
-    assert!(text.starts_with("{\n  \"_type\": \"https://in-toto.io/Statement/v1\",\n"), "{text}");
+    assert!(
+        text.starts_with("{\n  \"_type\": \"https://in-toto.io/Statement/v1\",\n"),
+        "{text}"
+    );
     let statement: serde_json::Value = serde_json::from_str(&text).unwrap();
-    let names: Vec<_> = statement["subject"].as_array().unwrap().iter().map(|s| s["name"].as_str().unwrap()).collect();
+    let names: Vec<_> = statement["subject"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|s| s["name"].as_str().unwrap())
+        .collect();
     assert_eq!(names, ["bin/alias", "bin/tool", "etc/new"]);
     assert_eq!(statement["subject"][2]["digest"]["sha256"], Digest::of("new\n").hex());
     let mut ids = split.seen.ids();
@@ -419,11 +532,18 @@ async fn files_into_a_directory() {
 async fn equal_paths_of_two_platforms_need_a_split() {
     let f = fixture().await;
     let dir = tempfile::tempdir().unwrap();
-    let target = ExportTarget::Directory { path: dir.path().join("out"), delete: false };
+    let target = ExportTarget::Directory {
+        path: dir.path().join("out"),
+        delete: false,
+    };
     let session = connect(BTreeMap::from([(0, target)]), BTreeMap::new()).await;
     let seen = Arc::new(Seen::default());
     let exporter = Exporter::new("local", &attrs(&[("platform-split", "false")])).unwrap();
-    let error = exporter.export(&two_platforms(&f), &request(&f, Some(session), &seen)).await.err().unwrap();
+    let error = exporter
+        .export(&two_platforms(&f), &request(&f, Some(session), &seen))
+        .await
+        .err()
+        .unwrap();
     assert_eq!(
         error.to_string(),
         "cannot overwrite bin/alias from linux/arm64 with linux/amd64 when split option is disabled"
@@ -439,7 +559,11 @@ async fn files_as_tar() {
     for entry in archive.entries().unwrap() {
         let entry = entry.unwrap();
         let link = entry.link_name().unwrap().map(|l| l.to_str().unwrap().to_owned());
-        seen.push((entry.path().unwrap().to_str().unwrap().to_owned(), entry.header().entry_type().as_byte(), link));
+        seen.push((
+            entry.path().unwrap().to_str().unwrap().to_owned(),
+            entry.header().entry_type().as_byte(),
+            link,
+        ));
     }
     let want = [
         ("bin/", b'5', None),
@@ -464,7 +588,10 @@ async fn blobs_into_the_clients_store() {
     let seen = Arc::new(Seen::default());
     let exporter = Exporter::new("oci", &attrs(&[("tar", "false")])).unwrap();
     for _ in 0..2 {
-        let exported = exporter.export(&single(&f.top), &request(&f, Some(session.clone()), &seen)).await.unwrap();
+        let exported = exporter
+            .export(&single(&f.top), &request(&f, Some(session.clone()), &seen))
+            .await
+            .unwrap();
         let digest: Digest = exported.response["containerimage.digest"].parse().unwrap();
         let read = |d: Digest| std::fs::read(layout.join("blobs/sha256").join(d.hex())).unwrap();
         let manifest: Manifest = serde_json::from_slice(&read(digest)).unwrap();
@@ -484,7 +611,11 @@ struct Server {
 impl Server {
     fn start() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let port = std::net::TcpListener::bind("127.0.0.1:0")
+            .unwrap()
+            .local_addr()
+            .unwrap()
+            .port();
         let address = format!("127.0.0.1:{port}");
         let text = format!(
             "version: 0.1\nlog:\n  accesslog:\n    disabled: true\n  level: error\nstorage:\n  filesystem:\n    rootdirectory: {}\nhttp:\n  addr: {address}\n",
@@ -502,7 +633,11 @@ impl Server {
             assert!(Instant::now() < deadline, "docker-registry did not start");
             std::thread::yield_now();
         }
-        Self { address, child, _dir: dir }
+        Self {
+            address,
+            child,
+            _dir: dir,
+        }
     }
 }
 
@@ -517,16 +652,26 @@ impl Drop for Server {
 async fn images_are_pushed_after_the_export() {
     let f = fixture().await;
     let server = Server::start();
-    let (first, second) = (format!("{}/a/app:1", server.address), format!("{}/b/app", server.address));
+    let (first, second) = (
+        format!("{}/a/app:1", server.address),
+        format!("{}/b/app", server.address),
+    );
     let mut result = single(&f.top);
     result.attestations.insert("linux/amd64".into(), vec![provenance(true)]);
     let seen = Arc::new(Seen::default());
-    let exporter = Exporter::new("image", &attrs(&[("push", "true"), ("name", &format!("{first},{second}"))])).unwrap();
+    let exporter = Exporter::new(
+        "image",
+        &attrs(&[("push", "true"), ("name", &format!("{first},{second}"))]),
+    )
+    .unwrap();
     let exported = exporter.export(&result, &request(&f, None, &seen)).await.unwrap();
     assert!(exported.is_pending());
     assert!(!seen.ids().contains(&"pushing layers".to_owned()));
     let client = anonymous();
-    assert!(client.resolve(&ImageRef::parse(&first).unwrap()).await.is_err(), "nothing is pushed before");
+    assert!(
+        client.resolve(&ImageRef::parse(&first).unwrap()).await.is_err(),
+        "nothing is pushed before"
+    );
     exported.finalize().await.unwrap();
     let digest = &exported.response["containerimage.digest"];
     assert_eq!(exported.response["image.name"], format!("{first},{second}"));
@@ -534,7 +679,12 @@ async fn images_are_pushed_after_the_export() {
         let name = ImageRef::parse(name).unwrap();
         let resolved = client.resolve(&name).await.unwrap();
         assert_eq!(resolved.descriptor.digest.to_string(), *digest);
-        let index = client.fetch_manifest(&name, resolved.descriptor.digest).await.unwrap().bytes.unwrap();
+        let index = client
+            .fetch_manifest(&name, resolved.descriptor.digest)
+            .await
+            .unwrap()
+            .bytes
+            .unwrap();
         let index: Index = serde_json::from_slice(&index).unwrap();
         assert_eq!(index.manifests.len(), 2, "image and provenance");
         for m in &index.manifests {
@@ -546,19 +696,42 @@ async fn images_are_pushed_after_the_export() {
         }
     }
     let ids = seen.ids();
-    assert!(ids.contains(&format!("pushing manifest for {first}@{digest}")), "{ids:?}");
-    assert!(ids.contains(&format!("pushing manifest for {second}:latest@{digest}")), "{ids:?}");
+    assert!(
+        ids.contains(&format!("pushing manifest for {first}@{digest}")),
+        "{ids:?}"
+    );
+    assert!(
+        ids.contains(&format!("pushing manifest for {second}:latest@{digest}")),
+        "{ids:?}"
+    );
 
     // without a tag, by digest alone
     let bare = format!("{}/c/app", server.address);
-    let exporter =
-        Exporter::new("image", &attrs(&[("push", ""), ("push-by-digest", "true"), ("name", &bare)])).unwrap();
-    let exported = exporter.export(&single(&f.top), &request(&f, None, &seen)).await.unwrap();
+    let exporter = Exporter::new(
+        "image",
+        &attrs(&[("push", ""), ("push-by-digest", "true"), ("name", &bare)]),
+    )
+    .unwrap();
+    let exported = exporter
+        .export(&single(&f.top), &request(&f, None, &seen))
+        .await
+        .unwrap();
     exported.finalize().await.unwrap();
     let digest: Digest = exported.response["containerimage.digest"].parse().unwrap();
-    client.resolve(&ImageRef::parse(&bare).unwrap().with_digest(digest)).await.unwrap();
+    client
+        .resolve(&ImageRef::parse(&bare).unwrap().with_digest(digest))
+        .await
+        .unwrap();
     assert!(client.resolve(&ImageRef::parse(&bare).unwrap()).await.is_err());
-    let exporter = Exporter::new("image", &attrs(&[("push", ""), ("push-by-digest", ""), ("name", &first)])).unwrap();
-    let error = exporter.export(&single(&f.top), &request(&f, None, &seen)).await.err().unwrap();
+    let exporter = Exporter::new(
+        "image",
+        &attrs(&[("push", ""), ("push-by-digest", ""), ("name", &first)]),
+    )
+    .unwrap();
+    let error = exporter
+        .export(&single(&f.top), &request(&f, None, &seen))
+        .await
+        .err()
+        .unwrap();
     assert_eq!(error.to_string(), format!("can't push tagged ref {first} by digest"));
 }

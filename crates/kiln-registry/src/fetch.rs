@@ -11,7 +11,7 @@ use reqwest::{Method, StatusCode};
 use crate::client::Client;
 use crate::error::{RegistryError, innermost};
 use crate::host::{Endpoint, Lane};
-use crate::resolve::first_of;
+use crate::resolve::Failures;
 use crate::transport::{Answer, Call, backoff, plain_url};
 
 /// Progress after which earlier breaks of a transfer are forgotten, in bytes.
@@ -111,16 +111,16 @@ impl Client {
     /// If no host can be asked.
     pub async fn blob_size(&self, repository: &ImageRef, digest: Digest) -> Result<Option<u64>, RegistryError> {
         let readers = self.readers(repository.domain(), Some(digest))?;
-        let found = first_of(&readers, async |endpoint| {
-            let size = self.blob_size_at(endpoint, repository, digest).await?;
-            let (what, host) = (format!("{}@{digest}", repository.name()), endpoint.host.clone());
-            size.ok_or(RegistryError::NotFound { what, host })
-        });
-        match found.await {
-            Ok(size) => Ok(Some(size)),
-            Err(RegistryError::NotFound { .. }) => Ok(None),
-            Err(error) => Err(error),
+        let mut failures = Failures::default();
+        let mut refused = false;
+        for endpoint in &readers {
+            match self.blob_size_at(endpoint, repository, digest).await {
+                Ok(Some(size)) => return Ok(Some(size)),
+                Ok(None) => refused = true,
+                Err(error) => failures.add(endpoint, error),
+            }
         }
+        if refused { Ok(None) } else { Err(failures.into_error()) }
     }
 
     async fn blob_size_at(

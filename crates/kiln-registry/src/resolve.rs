@@ -31,7 +31,14 @@ impl Client {
     /// If no host knows it; of several hosts' errors the most telling one.
     pub async fn resolve(&self, reference: &ImageRef) -> Result<Resolved, RegistryError> {
         let readers = self.readers(reference.domain(), reference.digest())?;
-        first_of(&readers, async |endpoint| self.resolve_at(endpoint, reference).await).await
+        let mut failures = Failures::default();
+        for endpoint in &readers {
+            match self.resolve_at(endpoint, reference).await {
+                Ok(found) => return Ok(found),
+                Err(error) => failures.add(endpoint, error),
+            }
+        }
+        Err(failures.into_error())
     }
 
     async fn resolve_at(&self, endpoint: &Endpoint, reference: &ImageRef) -> Result<Resolved, RegistryError> {
@@ -74,10 +81,14 @@ impl Client {
     pub async fn fetch_manifest(&self, repository: &ImageRef, digest: Digest) -> Result<Resolved, RegistryError> {
         let reference = repository.clone().with_digest(digest);
         let readers = self.readers(reference.domain(), Some(digest))?;
-        first_of(&readers, async |endpoint| {
-            self.get_at(endpoint, &reference, Some(digest)).await
-        })
-        .await
+        let mut failures = Failures::default();
+        for endpoint in &readers {
+            match self.get_at(endpoint, &reference, Some(digest)).await {
+                Ok(found) => return Ok(found),
+                Err(error) => failures.add(endpoint, error),
+            }
+        }
+        Err(failures.into_error())
     }
 
     async fn get_at(
@@ -162,29 +173,24 @@ impl Client {
     }
 }
 
-/// The first success in order, or the most telling error.
-pub(crate) async fn first_of<T>(
-    endpoints: &[std::sync::Arc<Endpoint>],
-    attempt: impl AsyncFn(&Endpoint) -> Result<T, RegistryError>,
-) -> Result<T, RegistryError> {
-    let mut best: Option<RegistryError> = None;
-    for endpoint in endpoints {
-        match attempt(endpoint).await {
-            Ok(value) => return Ok(value),
-            Err(error) => {
-                if endpoints.len() > 1 {
-                    tracing::debug!(host = endpoint.host, %error, "registry host passed over");
-                }
-                if best.as_ref().is_none_or(|b| error.rank() >= b.rank()) {
-                    best = Some(error);
-                }
-            }
+/// The errors of hosts that were tried in vain: the most telling one is kept.
+#[derive(Default)]
+pub(crate) struct Failures(Option<RegistryError>);
+
+impl Failures {
+    pub(crate) fn add(&mut self, endpoint: &Endpoint, error: RegistryError) {
+        tracing::debug!(host = endpoint.host, %error, "registry host passed over");
+        if self.0.as_ref().is_none_or(|best| error.rank() >= best.rank()) {
+            self.0 = Some(error);
         }
     }
-    Err(best.unwrap_or_else(|| RegistryError::Config {
-        host: String::new(),
-        what: "no endpoint".to_owned(),
-    }))
+
+    pub(crate) fn into_error(self) -> RegistryError {
+        self.0.unwrap_or_else(|| RegistryError::Config {
+            host: String::new(),
+            what: "no endpoint".to_owned(),
+        })
+    }
 }
 
 fn manifest_call(method: Method, endpoint: &Endpoint, reference: &ImageRef, object: &str) -> Call {
