@@ -18,6 +18,7 @@ pub struct Client {
     /// Registries, with the client's credentials.
     pub registry: kiln_registry::Client,
     found: Arc<Mutex<Found>>,
+    images: Arc<crate::source::image::ImageMemo>,
 }
 
 #[derive(Default)]
@@ -53,7 +54,13 @@ impl Client {
             session,
             registry,
             found: Arc::default(),
+            images: Arc::default(),
         }
+    }
+
+    /// What this job's image references stand for.
+    pub(crate) fn images(&self) -> &crate::source::image::ImageMemo {
+        &self.images
     }
 
     fn found(&self) -> MutexGuard<'_, Found> {

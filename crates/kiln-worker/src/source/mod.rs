@@ -42,11 +42,16 @@ pub struct SourceKey {
     pub transient: bool,
 }
 
+mod file_layer;
+pub mod image;
 pub mod local;
 mod local_listing;
+mod manifest;
+pub mod oci_layout;
 
 /// Every kind of source there is.
-static ALL: [&dyn Source; 1] = [&local::LocalSource];
+static ALL: [&dyn Source; 4] =
+    [&local::LocalSource, &image::ImageSource, &image::ImageBlobSource, &oci_layout::OciLayoutSource];
 
 /// The source that serves a scheme.
 pub(crate) fn of(scheme: &str) -> Option<&'static dyn Source> {
