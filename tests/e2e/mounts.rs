@@ -94,9 +94,16 @@ fn locked_cache_mounts_exclude_each_other() {
 #[test]
 fn private_cache_mounts_are_not_shared_at_the_same_time() {
     let daemon = Daemon::start();
-    let step = "RUN --mount=type=cache,target=/c,sharing=private touch /c/$NAME && sleep 1 && ls /c >";
+    // A second, shared mount is where the two steps wait for each other, so that both hold the private one at the same time.
+    let step = |mine: &str, other: &str| {
+        format!(
+            "RUN --mount=type=cache,target=/c,sharing=private --mount=type=cache,target=/meet touch /c/{mine} /meet/{mine}; i=0; \
+             while ! test -e /meet/{other}; do i=$((i+1)); test $i -lt 300 || exit 1; usleep 100000; done; ls /c > /{mine}"
+        )
+    };
+    let (a, b) = (step("a", "b"), step("b", "a"));
     let context = Fixture::new(&format!(
-        "=== Dockerfile\nFROM busybox AS a\nENV NAME=a\n{step} /a\nFROM busybox AS b\nENV NAME=b\n{step} /b\nFROM scratch\nCOPY --from=a /a /\nCOPY --from=b /b /\n"
+        "=== Dockerfile\nFROM busybox AS a\n{a}\nFROM busybox AS b\n{b}\nFROM scratch\nCOPY --from=a /a /\nCOPY --from=b /b /\n"
     ));
     let image = daemon.buildx().build(&context).image();
     assert_eq!((image.file("a").text(), image.file("b").text()), ("a\n", "b\n"));
