@@ -4,17 +4,17 @@ CARGO ?= cargo
 # The directory cargo writes to, wherever the environment or a configuration file puts it.
 TARGET = $(shell $(CARGO) metadata --format-version 1 --no-deps --offline | sed -n 's/.*"target_directory":"\([^"]*\)".*/\1/p')
 
-.PHONY: build release run test unit tidy e2e e2e-reference demo bench lab lint fmt doc ci clean-lab
+.PHONY: build debug run test unit tidy e2e e2e-reference demo bench lab lint fmt doc ci clean-lab
 
-build:                  ## the daemon and the command line, for development
-	$(CARGO) build -p kilnd -p kiln
-
-release:                ## the same, optimised
+build:                  ## the daemon and the command line, optimised, in target/release
 	$(CARGO) build --release -p kilnd -p kiln
+
+debug:                  ## the same for development, in target/debug
+	$(CARGO) build -p kilnd -p kiln
 
 run: build              ## a daemon in the foreground on ./kiln.sock with its state in ./.cache/kiln
 	mkdir -p .cache/kiln
-	$(TARGET)/debug/kilnd --root .cache/kiln --addr unix://$(CURDIR)/kiln.sock $(ARGS)
+	$(TARGET)/release/kilnd --root .cache/kiln --addr unix://$(CURDIR)/kiln.sock $(ARGS)
 
 test: tidy unit e2e     ## everything; KILN_E2E=0 leaves the end-to-end level out
 	@if [ "$(KILN_E2E)" = 0 ]; then echo "make test: passed WITHOUT the end-to-end tests (KILN_E2E=0)"; \
@@ -32,19 +32,19 @@ lab:                    ## packages, two versions of docker-buildx, base images;
 
 e2e:                    ## end to end: the real docker buildx against kilnd; FILTER=name picks tests
 	@if [ "$(KILN_E2E)" = 0 ]; then echo "end-to-end tests left out: KILN_E2E=0"; \
-	else set -e; $(MAKE) --no-print-directory lab build; $(CARGO) test -p kiln-e2e --test e2e -- $(FILTER); fi
+	else set -e; $(MAKE) --no-print-directory lab debug; $(CARGO) test -p kiln-e2e --test e2e -- $(FILTER); fi
 
 e2e-reference:          ## the same expectations tried on another daemon: PEER=/path/to/buildkitd
 	@test -x "$(PEER)" || { echo "name the daemon: make e2e-reference PEER=/path/to/buildkitd"; exit 2; }
 	$(MAKE) --no-print-directory lab
 	KILN_E2E_DAEMON=$(PEER) $(CARGO) test -p kiln-e2e --test e2e -- $(FILTER)
 
-demo: release           ## real multi-stage builds through docker buildx, start to end, in one go
+demo: build             ## real multi-stage builds through docker buildx, start to end, in one go
 	tests/lab/install
 	tests/lab/images busybox alpine golang node nginx distroless
 	$(CARGO) run -q --release -p kiln-e2e --bin kiln-demo
 
-bench: release          ## times through docker buildx; PEER=/path/to/buildkitd adds the other daemon and ratios; LINES=name picks
+bench: build            ## times through docker buildx; PEER=/path/to/buildkitd adds the other daemon and ratios; LINES=name picks
 	tests/lab/install
 	tests/lab/images busybox alpine debian
 	PEER=$(PEER) $(CARGO) run -q --release -p kiln-e2e --bin kiln-bench -- $(LINES)
