@@ -86,7 +86,7 @@ impl ContextDir {
         self.dir.join("fs")
     }
 
-    /// A directory beside the files, for what the transfer wants to remember about them (file `state`).
+    /// A directory beside the files, made by whoever wants to remember something about them.
     pub fn state_path(&self) -> PathBuf {
         self.dir.join("state")
     }
@@ -256,8 +256,10 @@ impl Store {
                 let from = root.join(source.id.as_str());
                 crate::copy_dir::copy_dir(&from.join("fs"), &files, stop)?;
                 let state = from.join("state");
-                if state.exists() {
-                    fs::copy(&state, dir.state_path()).during("copy", &state)?;
+                if state.is_dir() {
+                    let target = dir.state_path();
+                    fs::create_dir(&target).during("create", &target)?;
+                    crate::copy_dir::copy_dir(&state, &target, stop)?;
                 }
             }
             self.write_context_record(&dir)

@@ -81,7 +81,7 @@ impl BuildBridge {
         let Some(root) = reference.graph.root() else {
             return Err(WireError::new(Code::Internal, "a result without a root"));
         };
-        match self.build.job.result(&reference.graph, root).await {
+        match self.build.job()?.result(&reference.graph, root).await {
             Ok(solved) => Ok(solved.value),
             Err(error) => Err(self.solve_error(&reference.definition, &error)),
         }
@@ -105,7 +105,7 @@ impl BuildBridge {
     ) -> Result<T, E> {
         // The same name is the same line.
         let digest = VertexDigest(Digest::of(format!("{}:{name}", self.build.reference)));
-        let reporter = self.build.job.progress().vertex(VertexProgress::new(digest, name, Vec::new()));
+        let reporter = self.build.progress.vertex(VertexProgress::new(digest, name, Vec::new()));
         let result = work(&reporter).await;
         reporter.complete(result.as_ref().err().map(ToString::to_string));
         result
@@ -121,7 +121,7 @@ impl BuildBridge {
         let name = if log_name.is_empty() { format!("resolve {}", spec.identifier) } else { log_name.to_owned() };
         let meta = self
             .shown(&name, async |reporter| {
-                let client = self.build.job.client();
+                let client = &self.build.client;
                 self.daemon.worker().resolve_remote(client, &spec.identifier, &spec.attrs, return_object, reporter).await
             })
             .await
@@ -163,7 +163,7 @@ impl BuildBridge {
             };
             SourceRange { start: at(&r.start), end: at(&r.end) }
         };
-        self.build.job.progress().warn(kiln_solver::progress::Warning {
+        self.build.progress.warn(kiln_solver::progress::Warning {
             vertex: Some(vertex),
             level: request.level,
             short: text(&request.short),
@@ -330,7 +330,7 @@ impl Bridge for BuildBridge {
     ) -> Result<Bytes, BridgeError> {
         let Some(reference) = reference else { return Err(not_found(path)) };
         let value = self.evaluate(reference).await.map_err(from_wire)?;
-        self.daemon.worker().read_file(self.build.job.client(), &value, path, range).await.map_err(bridge_error)
+        self.daemon.worker().read_file(&self.build.client, &value, path, range).await.map_err(bridge_error)
     }
 
     async fn read_dir(
@@ -341,7 +341,7 @@ impl Bridge for BuildBridge {
     ) -> Result<Vec<FileStat>, BridgeError> {
         let Some(reference) = reference else { return Err(not_found(path)) };
         let value = self.evaluate(reference).await.map_err(from_wire)?;
-        let client = self.build.job.client();
+        let client = &self.build.client;
         let entries = self.daemon.worker().read_dir(client, &value, path, include).await.map_err(bridge_error)?;
         Ok(entries.into_iter().map(file_stat).collect())
     }
@@ -349,7 +349,7 @@ impl Bridge for BuildBridge {
     async fn stat_file(&self, reference: Option<&BuildRef>, path: &str) -> Result<FileStat, BridgeError> {
         let Some(reference) = reference else { return Err(not_found(path)) };
         let value = self.evaluate(reference).await.map_err(from_wire)?;
-        let found = self.daemon.worker().stat_file(self.build.job.client(), &value, path).await;
+        let found = self.daemon.worker().stat_file(&self.build.client, &value, path).await;
         found.map(file_stat).map_err(bridge_error)
     }
 
@@ -370,7 +370,7 @@ impl Bridge for BuildBridge {
                 self.shown(&name, async |reporter| {
                     let store = options.store.as_ref().map(|s| (s.session_id.as_str(), s.store_id.as_str()));
                     let platform: Option<&Platform> = options.platform.as_ref();
-                    let client = self.build.job.client();
+                    let client = &self.build.client;
                     let worker = self.daemon.worker();
                     worker.resolve_image(client, reference, platform, &options.resolve_mode, store, reporter).await
                 })
@@ -400,7 +400,7 @@ impl Bridge for BuildBridge {
     }
 
     async fn warn(&self, vertex: VertexDigest, warning: Warning) -> Result<(), BridgeError> {
-        self.build.job.progress().warn(kiln_solver::progress::Warning {
+        self.build.progress.warn(kiln_solver::progress::Warning {
             vertex: Some(vertex),
             level: warning.level,
             short: warning.short,

@@ -7,6 +7,7 @@ use std::time::Duration;
 use kiln_frontend::bridge::FrontendResult;
 use kiln_llb::{Definition, Graph};
 use kiln_session::SessionId;
+use kiln_solver::JobProgress;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -42,8 +43,12 @@ pub type BuildResult = FrontendResult<BuildRef>;
 pub struct Build {
     /// The id its client chose.
     pub reference: String,
-    /// Its values and progress.
-    pub job: Job,
+    /// Its values, until it ends: they hold leases that the next build must not wait for.
+    job: Mutex<Option<Job>>,
+    /// What happens in it.
+    pub progress: Arc<JobProgress>,
+    /// What it brought along for its operations.
+    pub client: Arc<kiln_worker::Client>,
     /// Everything that is shown, on disk.
     pub spool: Spool,
     /// Its steps in numbers.
@@ -96,7 +101,9 @@ impl Build {
         let NewBuild { reference, job, spool, counter, session, attrs, inputs, entitlements } = new;
         Arc::new(Self {
             reference,
-            job,
+            progress: Arc::clone(job.progress()),
+            client: Arc::clone(job.client()),
+            job: Mutex::new(Some(job)),
             spool,
             counter,
             session,
@@ -108,6 +115,12 @@ impl Build {
             refs: Mutex::default(),
             returned: watch::Sender::new(None),
         })
+    }
+
+    /// Its values, as long as it runs.
+    pub fn job(&self) -> Result<Job, WireError> {
+        let job = self.job.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        job.ok_or_else(|| WireError::new(tonic::Code::NotFound, format!("the build {} has ended", self.reference)))
     }
 
     fn refs(&self) -> MutexGuard<'_, HashMap<String, BuildRef>> {
@@ -150,9 +163,12 @@ impl Build {
         outcome.unwrap_or_else(|| Err(WireError::canceled()))
     }
 
-    /// Forgets the results, so that what they keep alive can go.
-    fn release(&self) {
+    /// The build has ended: forgets its values, so that what they keep alive can go, and ends its progress.
+    pub fn end(&self) {
         self.refs().clear();
+        let job = self.job.lock().unwrap_or_else(PoisonError::into_inner).take();
+        self.progress.finish();
+        drop(job);
     }
 }
 
@@ -186,7 +202,7 @@ impl Drop for Registered {
         if let Ok(runtime) = tokio::runtime::Handle::try_current() {
             runtime.spawn(async move {
                 tokio::time::sleep(LINGER).await;
-                build.release();
+                build.end();
                 builds.lock().remove(&build.reference);
             });
         }

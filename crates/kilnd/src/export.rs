@@ -159,11 +159,11 @@ async fn one(
     let exporter = Exporter::new(&wire.r#type, &wire.attrs).map_err(|e| export_error(&e))?;
     let digest = VertexDigest(Digest::of(format!("{}-export-{index}", build.session.as_str())));
     let vertex = VertexProgress::new(digest, exporter.vertex_name(), Vec::new());
-    let reporter = build.job.progress().vertex(vertex);
+    let reporter = build.progress.vertex(vertex);
     let request = ExportRequest {
         index,
         session,
-        registry: build.job.client().registry.clone(),
+        registry: build.client.registry.clone(),
         content: daemon.store().content(&Tenant::default()),
         realize: RealizeCtx::default(),
         progress: Arc::new(Statuses::new(reporter.clone())),

@@ -134,10 +134,7 @@ async fn finish(
         outcome = run(&daemon, &request, &build, started) => outcome,
         () = build.canceled.cancelled() => Err(WireError::canceled()),
     };
-    if outcome.is_err() {
-        build.job.cancel();
-    }
-    build.job.progress().finish();
+    build.end();
     if let Ok(Err(error)) = recorder.await {
         tracing::error!(build = build.reference, %error, "progress could not be written");
     }

@@ -142,7 +142,7 @@ fn wire(config: Config) -> Result<(Arc<Daemon>, Arc<Store>), StartError> {
         cgroup_parent: config.cgroup_parent.clone(),
         rootless: config.rootless,
     });
-    let snapshotter = if store.is_native() { "native" } else { "overlayfs" }.to_owned();
+    let snapshotter = store.snapshotter().name().to_owned();
     let parts = Parts { config, store: Arc::clone(&store), sessions, registry, worker, platforms, snapshotter };
     Ok((Daemon::new(parts)?, store))
 }
