@@ -186,7 +186,13 @@ impl Writers {
                 scope.spawn(move || {
                     while let Ok(work) = jobs.recv() {
                         let failed = state.lock().error.is_some();
-                        let result = if failed { Ok(()) } else { work() };
+                        // A panic must not leave the others waiting for a count that never falls.
+                        let guarded = std::panic::AssertUnwindSafe(work);
+                        let panicked = StoreError::Panicked { task: "file writer" };
+                        let result = match failed {
+                            true => Ok(()),
+                            false => std::panic::catch_unwind(guarded).unwrap_or(Err(panicked)),
+                        };
                         let mut open = state.lock();
                         open.count -= 1;
                         if let Err(e) = result {
@@ -296,5 +302,33 @@ pub(crate) fn set_owner(fs: &Dir, path: &Path, uid: u32, gid: u32) -> Result<()>
     match fs.set_owner(path, uid, gid) {
         Err(e) if e.raw_os_error() == Some(UNMAPPED.raw_os_error()) => Ok(()),
         other => Ok(other?),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_and_panics_of_the_pool_come_back() {
+        let stop = Stop::new();
+        let failed = Writers::run(2, &stop, |w| {
+            for i in 0..100 {
+                w.submit(move || {
+                    if i == 50 {
+                        Err(StoreError::Invalid("fifty".into()))
+                    } else {
+                        Ok(())
+                    }
+                })?;
+            }
+            Ok(())
+        });
+        assert!(matches!(failed, Err(StoreError::Invalid(t)) if t == "fifty"));
+        let panicked = Writers::run(2, &stop, |w| {
+            w.submit(|| panic!("in a job"))?;
+            w.wait()
+        });
+        assert!(matches!(panicked, Err(StoreError::Panicked { .. })));
     }
 }

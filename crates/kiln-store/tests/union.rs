@@ -773,7 +773,7 @@ fn acts() -> impl proptest::strategy::Strategy<Value = Vec<Act>> {
 }
 
 proptest::proptest! {
-    #![proptest_config(proptest::test_runner::Config { cases: 40, failure_persistence: None, ..Default::default() })]
+    #![proptest_config(proptest::test_runner::Config { cases: 24, failure_persistence: None, ..Default::default() })]
 
     /// Three rounds of random actions, each a new layer: the stack shows what a real overlay shows after the same
     /// actions, by the view and by mounting the written trees; and archive and back changes nothing.
@@ -784,6 +784,7 @@ proptest::proptest! {
         let src_mount = Overlay::mount(&lab, &src, false);
         let mut view = View::scratch();
         let mut from_archives: Vec<Tree> = Vec::new();
+        let mut stages = vec![view.clone()];
         for actions in layers {
             let real = Overlay::mount(&lab, &view, true);
             let mut w = FileWriter::new(&view, lab.builder()).unwrap();
@@ -822,6 +823,14 @@ proptest::proptest! {
             from_archives.push(again.tree);
             proptest::prop_assert_eq!(&survey_view(&View::new(from_archives.clone()).unwrap()), &want);
             view = next;
+            stages.push(view.clone());
+        }
+        // The difference of any two of them, laid on the one, shows the other.
+        for a in &stages {
+            for b in &stages {
+                let tree = kiln_store::union::stack::diff_views(a, b, lab.builder(), &Stop::new()).unwrap();
+                proptest::prop_assert_eq!(survey_view(&with(a, tree)), survey_view(b));
+            }
         }
     }
 }

@@ -17,16 +17,25 @@ use crate::view::{Node, View};
 /// I/O errors and [`crate::StoreError::Canceled`].
 pub fn diff_views(lower: &View, upper: &View, out: TreeBuilder, stop: &Stop) -> Result<Tree> {
     let mut writer = FileWriter::new(lower, out)?;
-    if let Some(root) = upper.root() {
-        let mut differ = Differ {
-            lower,
-            upper,
-            writer: &mut writer,
-            links: HashMap::new(),
-            copier: Copier::new(),
-            stop,
-        };
-        differ.directory(lower.root().as_ref(), &root)?;
+    match (lower.root(), upper.root()) {
+        (below, Some(root)) => {
+            let (links, copier) = (HashMap::new(), Copier::new());
+            let mut differ = Differ {
+                lower,
+                upper,
+                writer: &mut writer,
+                links,
+                copier,
+                stop,
+            };
+            differ.directory(below.as_ref(), &root)?;
+        }
+        (Some(below), None) => {
+            for gone in lower.children(&below) {
+                writer.remove(&lower.entry(&gone).path, stop)?;
+            }
+        }
+        (None, None) => {}
     }
     writer.finish(stop)
 }
