@@ -72,6 +72,9 @@ pub(crate) fn open(config: StoreConfig) -> Result<(Arc<Store>, OpenReport)> {
     let (index, opened) = open_index(&dir, &mut report)?;
     report.replayed = opened.replayed;
     report.compacted = opened.compacted;
+    if opened.forgot_notes {
+        tracing::info!("the index held too many notes; they are made again when needed");
+    }
     report.rebuilt = if new { None } else { opened.rebuild };
     let (epochs, trusted) = Epochs::open(dir.clone(), config.cookie_dir.clone())?;
     let ledger = Ledger::new(dir.clone(), config.limit);

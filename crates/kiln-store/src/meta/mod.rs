@@ -142,6 +142,9 @@ pub(crate) trait MetaStore: Send + Sync {
 /// Callback of [`MetaStore::scan`]: key and raw value.
 pub(crate) type Each<'a> = dyn FnMut(&[u8], &[u8]) -> ControlFlow<()> + 'a;
 
+/// More notes than this are cleared when the index is opened.
+const MAX_NOTES: usize = if cfg!(test) { 1000 } else { 400_000 };
+
 /// How opening the index went.
 #[derive(Debug, Default)]
 pub(crate) struct IndexOpened {
@@ -149,6 +152,8 @@ pub(crate) struct IndexOpened {
     pub(crate) rebuild: Option<String>,
     /// Commits taken from the journal.
     pub(crate) replayed: usize,
+    /// Notes were cleared because there were too many.
+    pub(crate) forgot_notes: bool,
     /// The tables were copied into a fresh store, because the old one was mostly dead data.
     pub(crate) compacted: bool,
 }
@@ -187,20 +192,22 @@ fn hash_of(table: Table, key: &[u8], value: &[u8]) -> u64 {
     hasher.digest()
 }
 
-fn sum_of(tables: &dyn MetaStore) -> Result<u64> {
-    let mut sum = 0u64;
+/// The sum over all tables, and the number of notes.
+fn sum_of(tables: &dyn MetaStore) -> Result<(u64, usize)> {
+    let (mut sum, mut notes) = (0u64, 0);
     for table in Table::ALL {
         tables.scan(table, b"", &mut |key, value| {
             sum = sum.wrapping_add(hash_of(table, key, value));
+            notes += usize::from(table == Table::Notes);
             ControlFlow::Continue(())
         })?;
     }
-    Ok(sum)
+    Ok((sum, notes))
 }
 
-/// Empties all tables. Returns the sum over nothing.
-fn clear(tables: &dyn MetaStore) -> Result<u64> {
-    for table in Table::ALL {
+/// Empties tables.
+fn clear(tables: &dyn MetaStore, which: &[Table]) -> Result<()> {
+    for table in which.iter().copied() {
         let mut changes = Vec::new();
         tables.scan(table, b"", &mut |key, _| {
             changes.push(Change {
@@ -214,7 +221,7 @@ fn clear(tables: &dyn MetaStore) -> Result<u64> {
             tables.apply(part)?;
         }
     }
-    Ok(0)
+    Ok(())
 }
 
 fn read_stamp(dir: &Path) -> Option<Stamp> {
@@ -253,11 +260,17 @@ impl Index {
                 tables.apply(&entry.changes)?;
             }
             opened.replayed = entries.len();
-            sum = sum_of(&*tables)?;
+            let notes;
+            (sum, notes) = sum_of(&*tables)?;
             let expected = entries.last().map(|e| e.sum).or(stamp.map(|s| s.sum));
             sequence = stamp.map_or(0, |s| s.sequence);
             if expected.is_some_and(|expected| expected != sum) {
                 opened.rebuild = Some("the engine does not hold what was committed to it".into());
+            } else if notes > MAX_NOTES {
+                // Nobody removes single notes; what is still true is noted again.
+                clear(&*tables, &[Table::Notes])?;
+                (sum, _) = sum_of(&*tables)?;
+                opened.forgot_notes = true;
             }
         }
         if let Some(at) = &torn {
@@ -265,7 +278,8 @@ impl Index {
         }
         if opened.rebuild.is_some() {
             // Whatever is left of it would be taken for newer than what the records on disk say.
-            sum = clear(&*tables)?;
+            clear(&*tables, &Table::ALL)?;
+            sum = 0;
         }
         let index = Self {
             dir: dir.to_owned(),
@@ -275,7 +289,7 @@ impl Index {
             broken: AtomicBool::new(false),
             sequence: AtomicU64::new(sequence),
         };
-        if opened.replayed > 0 || torn.is_some() || opened.rebuild.is_some() {
+        if opened.replayed > 0 || torn.is_some() || opened.rebuild.is_some() || opened.forgot_notes {
             index.sync()?;
         }
         Ok((index, opened))

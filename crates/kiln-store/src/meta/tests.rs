@@ -164,6 +164,26 @@ fn mostly_dead_data_is_rewritten() {
     }
 }
 
+#[test]
+fn too_many_notes_are_forgotten_and_nothing_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let (at, aside) = (dir.path().join("index"), dir.path().join("trash"));
+    let (index, _) = Index::open(&at, &aside).unwrap();
+    let mut many = Batch::new();
+    many.put(Table::Keys, "kept", &7u32).unwrap();
+    for n in 0..=MAX_NOTES as u32 {
+        many.put(Table::Notes, n.to_be_bytes(), &n).unwrap();
+    }
+    index.commit(&many).unwrap();
+    drop(index);
+    for again in [true, false] {
+        let (index, opened) = Index::open(&at, &aside).unwrap();
+        assert_eq!((opened.forgot_notes, opened.rebuild), (again, None));
+        assert_eq!(all(&index, Table::Notes).len(), 0);
+        assert_eq!(all(&index, Table::Keys), BTreeMap::from([(b"kept".to_vec(), 7)]));
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
     #[test]
