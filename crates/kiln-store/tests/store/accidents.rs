@@ -109,6 +109,39 @@ fn half_written_things_are_thrown_away() {
 }
 
 #[test]
+fn a_rebuild_takes_whole_records_only() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let layers: Vec<_> = (0..6).map(|n| save(&store, n).unwrap()).collect();
+    let trees: Vec<PathBuf> = layers.iter().map(|l| l.tree().unwrap().dir().to_owned()).collect();
+    drop(layers);
+    store.close().unwrap();
+    drop(store);
+    std::fs::remove_dir_all(dir.path().join("index")).unwrap();
+    let flip = |path: PathBuf, at: usize| {
+        let mut bytes = std::fs::read(&path).unwrap();
+        let at = at % bytes.len();
+        bytes[at] ^= 4;
+        std::fs::write(path, bytes).unwrap();
+    };
+    flip(trees[1].join("record"), 40);
+    let saved = std::fs::read_dir(&trees[3]).unwrap().map(|e| e.unwrap().path());
+    let saved = saved
+        .into_iter()
+        .find(|p| p.file_name().unwrap().to_string_lossy().starts_with("save."))
+        .unwrap();
+    flip(saved, 60);
+    let blob = dir.path().join("blobs/sha256").join(Digest::of("text 5").hex());
+    flip(blob.with_extension("record"), 30);
+    let (store, report) = Store::open(StoreConfig::new(dir.path())).unwrap();
+    assert!(report.rebuilt.is_some());
+    assert_eq!(hits(&store, 6), 4, "1 has no tree, 3 no cache record: {report:?}");
+    assert!(!store.content(&tenant()).has(&Digest::of("text 5")) && !blob.exists());
+    assert!(store.content(&tenant()).has(&Digest::of("text 4")));
+    assert_eq!((report.trees, report.layers), (5, 5));
+}
+
+#[test]
 fn a_damaged_tree_is_a_miss_and_an_image_layer_is_unpacked_again() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(dir.path());
