@@ -58,6 +58,15 @@ pub struct Client {
 }
 
 impl Client {
+    /// A client for ordinary web servers, with the system's certificates and the same proxies; for files that builds
+    /// download. Credentials are the caller's.
+    ///
+    /// # Errors
+    /// If the proxies are unusable.
+    pub fn web(&self) -> Result<reqwest::Client, RegistryError> {
+        self.hosts.web()
+    }
+
     /// The same client, for which every host is as if configured with `insecure` (`registry.insecure` of exporters).
     #[must_use]
     pub fn insecure(mut self) -> Self {

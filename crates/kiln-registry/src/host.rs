@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use rustls::RootCertStore;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -108,6 +108,7 @@ type Limits = (Arc<Semaphore>, Arc<Semaphore>);
 pub(crate) struct Hosts {
     config: RegistryConfig,
     roots: Vec<CertificateDer<'static>>,
+    web: OnceLock<reqwest::Client>,
     /// Limits belong to a host, however many names it is reached by.
     limits: Mutex<HashMap<String, Limits>>,
     /// By registry name and whether insecure access was asked for.
@@ -123,6 +124,7 @@ impl Hosts {
         Self {
             config,
             roots: native.certs,
+            web: OnceLock::new(),
             limits: Mutex::default(),
             known: Mutex::default(),
         }
@@ -130,6 +132,15 @@ impl Hosts {
 
     pub(crate) fn config(&self) -> &RegistryConfig {
         &self.config
+    }
+
+    /// A client for hosts that are no registries; made once.
+    pub(crate) fn web(&self) -> Result<reqwest::Client, RegistryError> {
+        if let Some(client) = self.web.get() {
+            return Ok(client.clone());
+        }
+        let client = self.http_client("the web", &HostConfig::default())?;
+        Ok(self.web.get_or_init(|| client).clone())
     }
 
     /// Mirrors of `domain` in order, then its origin, which is always there and last.

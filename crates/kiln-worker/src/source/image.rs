@@ -12,7 +12,8 @@ use bytes::Bytes;
 use kiln_llb::Vertex;
 use kiln_llb::op::SourceOp;
 use kiln_oci::{Descriptor, Digest, ImageRef, Platform};
-use kiln_solver::{OpContext, WorkerError as _};
+use kiln_session::SessionId;
+use kiln_solver::{OpContext, Reporter, WorkerError as _};
 use kiln_store::{BlobProvider, BlobStream, ContentStore, LayerRef, ProviderError, Providers, RealizeCtx, RecordType};
 use tokio::sync::OnceCell;
 
@@ -103,6 +104,63 @@ pub async fn resolve(
     match found {
         Ok(image) => Ok(image.clone()),
         Err(error) => Err(error.context(format!("failed to resolve source metadata for {reference}"))),
+    }
+}
+
+/// What a frontend learns about an image without pulling it.
+#[derive(Clone, Debug)]
+pub struct ImageMeta {
+    /// The reference in normal form, with a digest only if it was given.
+    pub reference: String,
+    /// What it stands for: an index, or a manifest.
+    pub digest: Digest,
+    /// The image config.
+    pub config: Bytes,
+}
+
+impl LlbWorker {
+    /// Looks an image up for a client: in its registry, or, with a session and a store id, in an OCI layout that the
+    /// session offers. Without a platform it is for this machine.
+    ///
+    /// # Errors
+    /// If the reference cannot be resolved.
+    pub async fn resolve_image(
+        &self,
+        client: &Client,
+        reference: &str,
+        platform: Option<&Platform>,
+        mode: &str,
+        layout: Option<(&str, &str)>,
+        progress: &Reporter,
+    ) -> Result<ImageMeta, OpError> {
+        let parsed = ImageRef::parse(reference)
+            .map_err(|e| OpError::user(format!("failed to parse image reference \"{reference}\": {e}")).because(e))?;
+        let parsed = parsed.or_latest();
+        let platform = platform.map_or_else(|| self.shared.native(), Platform::normalized);
+        let content = self.store().content(&store_tenant(&kiln_solver::Tenant::default())?);
+        let _status = progress.status(format!("resolve {reference}"));
+        let found = match layout {
+            None => resolve(&content, client, &parsed, &platform, ResolveMode::parse(mode)?).await?,
+            Some((session, store)) => {
+                let Some(digest) = parsed.digest() else {
+                    return Err(OpError::user(format!(
+                        "oci-layout reference \"{reference}\" must have a digest"
+                    )));
+                };
+                let mut group = vec![client.session.clone()];
+                if !session.is_empty() {
+                    group.insert(0, SessionId::new(session));
+                }
+                let sessions = self.shared.sessions.clone();
+                let place = super::oci_layout::SessionBlobs::new(sessions, group, format!("oci:{store}"));
+                Arc::new(manifest::find(&place, &content, digest, &platform).await?)
+            }
+        };
+        Ok(ImageMeta {
+            reference: parsed.to_string(),
+            digest: found.root,
+            config: found.config.clone().into(),
+        })
     }
 }
 
