@@ -37,8 +37,15 @@ pub enum Asked {
 }
 
 const LLB_CAPS: &[&str] = &[
-    "file.base", "mergeop", "exec.meta.setsdefaultpath", "exec.meta.ulimit", "exec.mount.tmpfs.size",
-    "exec.meta.cgroup.parent", "exec.meta.linux.resources", "exec.mount.bind.readwrite-nooutput", "exec.meta.cdi",
+    "file.base",
+    "mergeop",
+    "exec.meta.setsdefaultpath",
+    "exec.meta.ulimit",
+    "exec.mount.tmpfs.size",
+    "exec.meta.cgroup.parent",
+    "exec.meta.linux.resources",
+    "exec.mount.bind.readwrite-nooutput",
+    "exec.meta.cdi",
 ];
 
 impl Fake {
@@ -89,7 +96,10 @@ impl Bridge for Fake {
         Ok(BridgeInfo {
             frontend_caps: ["frontend.inputs".to_owned()].into(),
             llb_caps: LLB_CAPS.iter().filter(has).map(|c| (*c).to_owned()).collect(),
-            workers: vec![WorkerInfo { id: "w".to_owned(), platforms: vec![Platform::new("linux", "amd64", "")] }],
+            workers: vec![WorkerInfo {
+                id: "w".to_owned(),
+                platforms: vec![Platform::new("linux", "amd64", "")],
+            }],
             session_id: "session".to_owned(),
         })
     }
@@ -97,15 +107,13 @@ impl Bridge for Fake {
     async fn solve(&self, request: SolveRequest) -> Result<FrontendResult<Ref>, BridgeError> {
         self.note(Asked::Solve(Box::new(request)));
         let number = self.log.lock().unwrap().len();
-        Ok(FrontendResult { refs: ResultRefs::Single(Some(Ref(number))), ..FrontendResult::default() })
+        Ok(FrontendResult {
+            refs: ResultRefs::Single(Some(Ref(number))),
+            ..FrontendResult::default()
+        })
     }
 
-    async fn read_file(
-        &self,
-        _: Option<&Ref>,
-        path: &str,
-        range: Option<(u64, u64)>,
-    ) -> Result<Bytes, BridgeError> {
+    async fn read_file(&self, _: Option<&Ref>, path: &str, range: Option<(u64, u64)>) -> Result<Bytes, BridgeError> {
         let file = self.files.get(path).cloned().ok_or_else(|| missing(path))?;
         Ok(match range {
             None => file,
@@ -147,7 +155,10 @@ impl Bridge for Fake {
     }
 
     async fn resolve_source_meta(&self, _: SourceSpec, _: &str, _: bool) -> Result<SourceMeta, BridgeError> {
-        Ok(SourceMeta { http_last_modified: Some(1_700_000_000), ..SourceMeta::default() })
+        Ok(SourceMeta {
+            http_last_modified: Some(1_700_000_000),
+            ..SourceMeta::default()
+        })
     }
 
     async fn warn(&self, _: VertexDigest, warning: Warning) -> Result<(), BridgeError> {
@@ -162,5 +173,9 @@ impl Bridge for Fake {
 
 /// The operations of a definition, the terminal one left out.
 pub fn operations(definition: &Definition) -> Vec<Op> {
-    definition.ops.iter().filter_map(|op| wire::decode_op(op).unwrap().op).collect()
+    definition
+        .ops
+        .iter()
+        .filter_map(|op| wire::decode_op(op).unwrap().op)
+        .collect()
 }

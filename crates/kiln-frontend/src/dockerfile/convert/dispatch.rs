@@ -185,7 +185,8 @@ impl<B: Bridge> Conversion<'_, B> {
 
     /// Adds a history entry.
     pub(super) fn commit(&mut self, index: usize, text: String, layer: bool) -> Result<(), DockerfileError> {
-        self.budget.charge(text.len())?;
+        // What an instruction takes beside its text: an entry here, a vertex if it makes a layer.
+        self.budget.charge(text.len() + if layer { 4096 } else { 256 })?;
         let entry = HistoryEntry {
             created: self.epoch,
             created_by: text,

@@ -249,7 +249,7 @@ impl<B: Bridge> Conversion<'_, B> {
             return Ok(());
         };
         let parent = &self.table.stages[base];
-        let size = parent.state.around().env.size() + image_size(&parent.image) + 64 * parent.args.len();
+        let size = 1024 + parent.state.around().env.size() + image_size(&parent.image) + 64 * parent.args.len();
         self.budget.charge(size)?;
         let mut image = parent.image.clone();
         // Triggers of the parent fire here and go no further.
