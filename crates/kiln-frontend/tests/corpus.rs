@@ -18,7 +18,9 @@
 //! the byte) with name and lines; the history; findings; or the error with its lines. `KILN_UPDATE_CORPUS=1` writes what the
 //! frontend does now; what changes by it has to be confirmed on the original.
 
-#[allow(dead_code)]
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+#[allow(dead_code, unreachable_pub)]
 mod fake;
 
 use std::collections::BTreeMap;

@@ -32,7 +32,7 @@ pub(crate) struct DirectiveReader {
 
 impl DirectiveReader {
     /// A reader of lines that start with `prefix`; `line` lines were skipped before the first one.
-    pub fn new(prefix: &'static str, line: u32) -> Self {
+    pub(crate) fn new(prefix: &'static str, line: u32) -> Self {
         Self {
             prefix,
             line,
@@ -42,7 +42,7 @@ impl DirectiveReader {
     }
 
     /// The directive on the next line, given without its line end. Once a line is no directive, no later one is.
-    pub fn read(&mut self, line: &[u8]) -> Result<Option<Directive>, String> {
+    pub(crate) fn read(&mut self, line: &[u8]) -> Result<Option<Directive>, String> {
         self.line += 1;
         if self.done {
             return Ok(None);
@@ -63,7 +63,7 @@ impl DirectiveReader {
     }
 
     /// Whether the area of directives has ended.
-    pub fn ended(&self) -> bool {
+    pub(crate) fn ended(&self) -> bool {
         self.done
     }
 }

@@ -67,7 +67,7 @@ pub(crate) struct Expansion {
 
 impl Expander {
     /// An expander with escape character `escape` and defaults otherwise.
-    pub fn with_escape(escape: char) -> Self {
+    pub(super) fn with_escape(escape: char) -> Self {
         Self {
             escape,
             ..Self::default()
@@ -76,7 +76,7 @@ impl Expander {
 
     /// Expands `source`. The error says what could not be understood and quotes `source`. What was looked up until then is in
     /// the second half of the error.
-    pub fn expand(&self, source: &str, variables: &dyn Variables) -> Result<Expansion, ExpandError> {
+    pub(super) fn expand(&self, source: &str, variables: &dyn Variables) -> Result<Expansion, ExpandError> {
         let text = source.strip_prefix('\u{feff}').unwrap_or(source);
         // Most words contain nothing special at all.
         let special = |c: char| c == self.escape || matches!(c, '$' | '<' | '\'' | '"') || c.is_whitespace();
@@ -118,7 +118,7 @@ impl Expander {
     }
 
     /// Only the text of [`Expander::expand`].
-    pub fn text(&self, source: &str, variables: &dyn Variables) -> Result<String, ExpandError> {
+    pub(super) fn text(&self, source: &str, variables: &dyn Variables) -> Result<String, ExpandError> {
         self.expand(source, variables).map(|e| e.text)
     }
 }

@@ -76,7 +76,7 @@ pub(crate) struct Flags {
 
 impl Flags {
     /// Checks `words` against `allowed`.
-    pub fn parse(words: &[String], allowed: &[(&'static str, FlagKind)]) -> Result<Self, String> {
+    pub(super) fn parse(words: &[String], allowed: &[(&'static str, FlagKind)]) -> Result<Self, String> {
         let mut flags = Self::default();
         for word in words {
             if word == "--" {
@@ -117,7 +117,7 @@ impl Flags {
     }
 
     /// The value of a text flag, empty when absent.
-    pub fn text(&self, name: &str) -> String {
+    pub(super) fn text(&self, name: &str) -> String {
         self.given
             .iter()
             .find(|(known, _)| *known == name)
@@ -126,7 +126,7 @@ impl Flags {
     }
 
     /// The value of a text flag, `None` when absent.
-    pub fn given_text(&self, name: &str) -> Option<&str> {
+    pub(super) fn given_text(&self, name: &str) -> Option<&str> {
         self.given
             .iter()
             .find(|(known, _)| *known == name)
@@ -134,7 +134,7 @@ impl Flags {
     }
 
     /// The value of a boolean flag, `None` when absent.
-    pub fn bool(&self, name: &str) -> Option<bool> {
+    pub(super) fn bool(&self, name: &str) -> Option<bool> {
         self.given
             .iter()
             .find(|(known, _)| *known == name)
@@ -142,7 +142,7 @@ impl Flags {
     }
 
     /// All values of a list flag, in order.
-    pub fn list(&self, name: &str) -> Vec<String> {
+    pub(super) fn list(&self, name: &str) -> Vec<String> {
         self.given
             .iter()
             .filter(|(known, _)| *known == name)

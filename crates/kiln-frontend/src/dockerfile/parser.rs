@@ -333,7 +333,7 @@ fn healthcheck(rest: &str) -> Result<Args, String> {
     // The type ends at a blank byte, whatever character that byte belongs to.
     let is_blank = |b: &u8| matches!(b, b'\t'..=b'\r' | b' ' | 0x85 | 0xa0);
     let bytes = rest.as_bytes();
-    let end = bytes.iter().position(|b| is_blank(b)).unwrap_or(bytes.len());
+    let end = bytes.iter().position(&is_blank).unwrap_or(bytes.len());
     let (kind, tail) = bytes.split_at(end);
     let skip = tail.iter().take_while(|b| is_blank(b)).count();
     let command = lossy(tail.get(skip..).unwrap_or_default()).into_owned();

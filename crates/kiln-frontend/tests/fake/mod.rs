@@ -12,7 +12,7 @@ use kiln_oci::{Digest, ImageRef, Platform};
 
 /// What the daemon serves.
 #[derive(Debug, Default)]
-pub struct Fake {
+pub(crate) struct Fake {
     /// Files of whatever was solved, by path.
     pub files: BTreeMap<String, Bytes>,
     /// Image configs by familiar reference; other images get a plain one. A null is an image that does not exist.
@@ -27,7 +27,7 @@ pub struct Fake {
 
 /// One request to the daemon.
 #[derive(Clone, Debug)]
-pub enum Asked {
+pub(crate) enum Asked {
     /// Solve.
     Solve(Box<SolveRequest>),
     /// Resolve an image.
@@ -54,17 +54,17 @@ impl Fake {
     }
 
     /// The requests so far.
-    pub fn asked(&self) -> Vec<Asked> {
+    pub(crate) fn asked(&self) -> Vec<Asked> {
         self.log.lock().unwrap().clone()
     }
 }
 
 /// A result; only its number matters.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Ref(pub usize);
+pub(crate) struct Ref(pub usize);
 
 /// The config every image has unless a test says otherwise.
-pub fn plain_config(platform: Option<&Platform>) -> serde_json::Value {
+pub(crate) fn plain_config(platform: Option<&Platform>) -> serde_json::Value {
     let default = Platform::new("linux", "amd64", "");
     let p = platform.unwrap_or(&default);
     let mut config = serde_json::json!({
@@ -172,7 +172,7 @@ impl Bridge for Fake {
 }
 
 /// The operations of a definition, the terminal one left out.
-pub fn operations(definition: &Definition) -> Vec<Op> {
+pub(crate) fn operations(definition: &Definition) -> Vec<Op> {
     definition
         .ops
         .iter()

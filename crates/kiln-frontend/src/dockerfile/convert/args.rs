@@ -28,7 +28,7 @@ pub(super) struct Budget {
     comparisons: AtomicUsize,
 }
 
-const MAX_PRODUCED: usize = 512 << 20;
+const MAX_PRODUCED: usize = 256 << 20;
 const MAX_COMPARISONS: usize = 2_000_000;
 
 impl Default for Budget {

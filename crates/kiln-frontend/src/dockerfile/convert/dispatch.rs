@@ -13,7 +13,6 @@ use crate::dockerfile::instruction::{Argument, Instruction, Kind};
 use crate::dockerfile::lint::{self, LintScope};
 use crate::dockerfile::suggest::nearest;
 use crate::error::{DockerfileError, Located};
-use crate::gotext::parse_bool;
 use crate::image::split_env;
 
 /// Arguments that are known and recorded, but are no variables of steps.
@@ -47,7 +46,6 @@ impl<B: Bridge> Conversion<'_, B> {
             for command in &commands {
                 self.dispatch(index, command).at_span(command.instruction.span)?;
             }
-            self.note_scans(index);
         }
         Ok(())
     }
@@ -82,24 +80,6 @@ impl<B: Bridge> Conversion<'_, B> {
             self.change_dir(index, &dir).at_span(span)?;
         }
         Ok(())
-    }
-
-    fn note_scans(&mut self, index: usize) {
-        for name in NOT_IN_ENV {
-            let stage = &self.table.stages[index];
-            let enabled =
-                |value: &str| parse_bool(value).unwrap_or_else(|| value.split(',').any(|name| name == stage.label));
-            let mut on = self.global_args.get(name).is_some_and(enabled);
-            if let Some(Some(value)) = stage.args.get(*name) {
-                on = enabled(value);
-            }
-            let stage = &mut self.table.stages[index];
-            if *name == "BUILDKIT_SBOM_SCAN_CONTEXT" {
-                stage.scan_context |= on;
-            } else {
-                stage.scan_stage |= on;
-            }
-        }
     }
 
     fn dispatch(&mut self, index: usize, command: &Command) -> Result<(), DockerfileError> {

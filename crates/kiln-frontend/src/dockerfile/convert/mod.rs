@@ -65,10 +65,6 @@ pub(crate) struct Converted {
     pub base_image: Option<Arc<Image>>,
     /// The moment everything is dated to.
     pub epoch: Option<Timestamp>,
-    /// Further file systems to scan, by name.
-    pub scan: BTreeMap<String, State>,
-    /// Whether a scan may use the cache.
-    pub ignore_cache: bool,
     /// Arguments, secrets and agents of the target.
     pub outline: Outline,
 }
@@ -180,31 +176,13 @@ impl<B: Bridge> Conversion<'_, B> {
             image.os = Platform::host().os;
         }
         let outline = self.outline(target);
-        let reachable = self.table.reachable(target);
-        let stages = &self.table.stages;
-        let stage = &stages[target];
-        let mut ignore_cache = stage.ignore_cache;
-        let mut scan = BTreeMap::new();
-        if stage.scan_context {
-            scan.insert("context".to_owned(), self.context.state());
-        }
-        for other in reachable
-            .into_iter()
-            .filter(|&i| i != target)
-            .map(|i| &stages[i])
-            .filter(|s| s.scan_stage)
-        {
-            scan.insert(other.label.clone(), other.state.clone());
-            ignore_cache |= other.ignore_cache;
-        }
+        let stage = &self.table.stages[target];
         Ok(Converted {
             state: stage.state.clone(),
             platform: self.target_platform.clone(),
             image,
             base_image: stage.base_image.clone(),
             epoch: self.epoch,
-            scan,
-            ignore_cache,
             outline,
         })
     }

@@ -77,8 +77,6 @@ pub(super) struct StageState {
     pub(super) steps: usize,
     pub(super) in_trigger: bool,
     pub(super) capture: Capture,
-    pub(super) scan_stage: bool,
-    pub(super) scan_context: bool,
     pub(super) workdir_set: bool,
     pub(super) last_cmd: Option<Span>,
     pub(super) last_entrypoint: Option<Span>,
