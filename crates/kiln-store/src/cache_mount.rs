@@ -43,6 +43,9 @@ pub struct CacheMountRequest {
     pub base: Option<(LayerId, View)>,
     /// For people: `cached mount … from exec …`.
     pub description: String,
+    /// What is there is not wanted: directories that nobody uses are removed and a new one is made. Those in use are left
+    /// to their users.
+    pub fresh: bool,
 }
 
 /// The record beside a cache mount's files, `cache-mounts/<id>/record`.
@@ -116,6 +119,9 @@ impl Drop for CacheMount {
     }
 }
 
+/// What [`Table::take`] found: what was taken (`None` if a locked one is in use), and what is to be removed.
+type Found = (Option<Vec<Taken>>, Vec<(DirId, u64)>);
+
 enum Taken {
     Existing(DirId),
     New(DirId),
@@ -135,8 +141,19 @@ impl Table {
     }
 
     /// Takes all or none; `None` means that a locked one is in use.
-    fn take(&self, tenant: &Tenant, requests: &[CacheMountRequest]) -> Option<Vec<Taken>> {
+    fn take(&self, tenant: &Tenant, requests: &[CacheMountRequest]) -> Found {
         let mut instances = self.instances.lock();
+        let mut unwanted = Vec::new();
+        for request in requests.iter().filter(|r| r.fresh) {
+            let base = request.base.as_ref().map(|(id, _)| id);
+            for (id, instance) in instances.iter_mut() {
+                let r = &instance.record;
+                if r.tenant == *tenant && r.name == request.id && r.base.as_ref() == base && instance.used == Use::Free {
+                    instance.used = Use::Dying;
+                    unwanted.push((id.clone(), instance.disk));
+                }
+            }
+        }
         let mut before: Vec<(DirId, Use)> = Vec::new();
         let mut taken = Vec::new();
         for request in requests {
@@ -172,7 +189,7 @@ impl Table {
                     }
                 }
                 instances.retain(|id, _| !taken.iter().any(|t| matches!(t, Taken::New(new) if new == id)));
-                return None;
+                return (None, unwanted);
             }
             let id = DirId::random();
             let now = Time::now();
@@ -204,7 +221,7 @@ impl Table {
             );
             taken.push(Taken::New(id));
         }
-        Some(taken)
+        (Some(taken), unwanted)
     }
 }
 
@@ -223,7 +240,12 @@ impl Store {
             let freed = self.cache_mounts.freed.notified();
             tokio::pin!(freed);
             freed.as_mut().enable();
-            if let Some(taken) = self.cache_mounts.take(tenant, &requests) {
+            let (taken, unwanted) = self.cache_mounts.take(tenant, &requests);
+            for (id, disk) in unwanted {
+                self.trash.discard(self, &self.dir.part("cache-mounts").join(id.as_str()), Area::CacheMounts, disk)?;
+                self.cache_mounts.instances.lock().remove(&id);
+            }
+            if let Some(taken) = taken {
                 let store = self.clone();
                 let work = tokio::task::spawn_blocking(move || store.make_mounts(taken, &requests));
                 return work.await.map_err(|_| StoreError::Panicked {

@@ -16,11 +16,12 @@ pub(crate) struct TakenCache {
 
 /// Takes every cache mount of `op`, waiting for locked ones that others use. `base` gives a mount's input, realised.
 ///
-/// All are asked for in one call, ordered by id: two steps that want the same locked ones cannot wait for each other.
+/// With `fresh` (the step ignores the cache) they start empty. All are asked for in one call, ordered by id: two steps that want the same locked ones cannot wait for each other.
 pub(crate) async fn take(
     store: &Arc<Store>,
     tenant: &Tenant,
     op: &ExecOp,
+    fresh: bool,
     base: impl Fn(&ExecMount) -> Option<(LayerRef, View)>,
 ) -> Result<Vec<TakenCache>, OpError> {
     let mut wanted: Vec<(usize, CacheMountRequest)> = Vec::new();
@@ -53,6 +54,7 @@ pub(crate) async fn take(
                 sharing,
                 base,
                 description,
+                fresh,
             },
         ));
     }

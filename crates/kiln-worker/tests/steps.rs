@@ -227,6 +227,15 @@ async fn cache_mounts_persist_and_stay_outside(s: SnapshotterChoice) {
     };
     assert_eq!(lab.output(&step(1)).await, "1\n");
     assert_eq!(lab.output(&step(2)).await, "1\n2\n");
+    // A step that ignores the cache starts with an empty one.
+    let mut spec = sh("/bin/busybox ls /cache; echo 3 >> /cache/log");
+    spec.mounts = vec![cache("/cache", "id", CacheSharing::Shared)];
+    let about = Constraints {
+        ignore_cache: true,
+        ..Constraints::named("anew")
+    };
+    assert_eq!(lab.output(&base().run(spec, about)).await, "");
+    assert_eq!(lab.output(&step(4)).await, "3\n4\n");
     let layer = lab.build(&step(2)).await.unwrap();
     assert!(!files(&lab.view(&layer).await).iter().any(|f| f.contains("log")));
 }

@@ -213,6 +213,7 @@ fn the_ledger_says_what_the_disk_says() {
             sharing: Sharing::Shared,
             base: None,
             description: String::new(),
+            fresh: false,
         }],
     ))
     .unwrap();

@@ -15,6 +15,7 @@ fn request(id: &str, sharing: Sharing) -> CacheMountRequest {
         sharing,
         base: None,
         description: format!("cached mount {id}"),
+        fresh: false,
     }
 }
 

@@ -85,7 +85,7 @@ impl ExecRunner {
                 .and_then(Option::as_ref)?;
             Some((input.layer.clone(), input.view.clone()))
         };
-        let caches = cache_mounts::take(&self.store, tenant, op, base).await?;
+        let caches = cache_mounts::take(&self.store, tenant, op, cx.ignores_cache(), base).await?;
         let _permit = cx.permit().await;
 
         let mut kept = Kept {
