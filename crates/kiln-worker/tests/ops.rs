@@ -528,3 +528,118 @@ async fn a_pruned_result_is_made_again() {
     assert_eq!(ran, ["context", "copy", "workdir"]);
     assert_eq!(lab.text(&value, "/app/run").await, "x");
 }
+
+/// A repository behind `git daemon`, on a port of its own; killed on drop.
+struct GitServer {
+    child: std::process::Child,
+    port: u16,
+}
+
+impl Drop for GitServer {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl GitServer {
+    fn start(base: &Path) -> Self {
+        let port = std::net::TcpListener::bind("127.0.0.1:0")
+            .unwrap()
+            .local_addr()
+            .unwrap()
+            .port();
+        // The program itself rather than `git daemon`: killing the wrapper would leave it behind.
+        let path = std::process::Command::new("git")
+            .arg("--exec-path")
+            .output()
+            .unwrap()
+            .stdout;
+        let program = format!("{}/git-daemon", String::from_utf8(path).unwrap().trim());
+        let child = std::process::Command::new(program)
+            .args(["--export-all", "--reuseaddr", "--listen=127.0.0.1"])
+            .arg(format!("--port={port}"))
+            .arg(format!("--base-path={}", base.display()))
+            .arg(base)
+            .spawn()
+            .unwrap();
+        while std::net::TcpStream::connect(("127.0.0.1", port)).is_err() {
+            std::thread::yield_now();
+        }
+        Self { child, port }
+    }
+}
+
+fn git(dir: &Path, args: &[&str]) -> String {
+    let output = std::process::Command::new("git")
+        .arg("-C")
+        .arg(dir)
+        .args([
+            "-c",
+            "user.name=t",
+            "-c",
+            "user.email=t@example.com",
+            "-c",
+            "commit.gpgsign=false",
+        ])
+        .args(args)
+        .output()
+        .unwrap();
+    assert!(
+        output.status.success(),
+        "{args:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8(output.stdout).unwrap().trim().to_owned()
+}
+
+#[tokio::test]
+async fn a_commit_of_a_repository() {
+    let (root, repositories) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let repository = repositories.path().join("a.git");
+    fs::create_dir_all(repository.join("sub")).unwrap();
+    git(&repository, &["init", "--quiet", "--initial-branch=main"]);
+    fs::write(repository.join("file"), "one").unwrap();
+    fs::write(repository.join("sub/inner"), "inner").unwrap();
+    git(&repository, &["add", "."]);
+    git(&repository, &["commit", "--quiet", "-m", "one"]);
+    let first = git(&repository, &["rev-parse", "HEAD"]);
+    git(&repository, &["tag", "-a", "v1", "-m", "v1"]);
+    let server = GitServer::start(repositories.path());
+    let lab = Lab::open(root.path());
+    let graph = |reference: &str, keep: bool| {
+        let url = format!("git://127.0.0.1:{}/a.git", server.port);
+        let identifier = format!("git://127.0.0.1/a.git#{reference}");
+        let mut attrs: BTreeMap<String, String> = [("git.fullurl".to_owned(), url)].into();
+        if keep {
+            attrs.insert("git.keepgitdir".into(), "true".into());
+        }
+        let mut b = Builder::default();
+        let source = b.add("git", &Op::Source(SourceOp { identifier, attrs }), &[]);
+        b.graph(source)
+    };
+    let (value, _) = lab.build(None, |_| graph("main", false)).await;
+    assert_eq!(lab.names(&value, "/").await, ["file", "sub"]);
+    assert_eq!(lab.text(&value, "/file").await, "one");
+    let (value, _) = lab.build(None, |_| graph("v1:sub", false)).await;
+    assert_eq!(lab.names(&value, "/").await, ["inner"]);
+    // A new commit is found; the old one is still there by its id.
+    fs::write(repository.join("file"), "two").unwrap();
+    git(&repository, &["commit", "--quiet", "-a", "-m", "two"]);
+    let (value, _) = lab.build(None, |_| graph("main", false)).await;
+    assert_eq!(lab.text(&value, "/file").await, "two");
+    let (value, _) = lab.build(None, |_| graph(&first, true)).await;
+    assert_eq!(lab.text(&value, "/file").await, "one");
+    assert_eq!(lab.names(&value, "/").await, [".git", "file", "sub"]);
+    assert!(lab.text(&value, "/.git/HEAD").await.starts_with(&first));
+    for (reference, message) in [
+        ("none", "does not contain ref none"),
+        ("main:file", "invalid git subdir file"),
+    ] {
+        let session = lab.client(None).await;
+        let job = lab.job(&session);
+        let graph = graph(reference, false);
+        let error = job.result(&graph, graph.root().unwrap()).await.unwrap_err();
+        assert!(error.to_string().contains(message), "{error}");
+    }
+}

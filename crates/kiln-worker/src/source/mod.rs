@@ -43,6 +43,8 @@ pub struct SourceKey {
 }
 
 mod file_layer;
+pub mod git;
+mod git_remote;
 pub mod image;
 pub mod local;
 mod local_listing;
@@ -50,8 +52,13 @@ mod manifest;
 pub mod oci_layout;
 
 /// Every kind of source there is.
-static ALL: [&dyn Source; 4] =
-    [&local::LocalSource, &image::ImageSource, &image::ImageBlobSource, &oci_layout::OciLayoutSource];
+static ALL: [&dyn Source; 5] = [
+    &local::LocalSource,
+    &git::GitSource,
+    &image::ImageSource,
+    &image::ImageBlobSource,
+    &oci_layout::OciLayoutSource,
+];
 
 /// The source that serves a scheme.
 pub(crate) fn of(scheme: &str) -> Option<&'static dyn Source> {
