@@ -9,8 +9,6 @@ const LONGEST: usize = 700;
 /// Files that are longer and may only become shorter: a list to empty, not to extend.
 const LONGER: &[(&str, usize)] = &[
     ("crates/kiln-llb/src/state.rs", 1100),
-    ("crates/kiln-solver/src/edge.rs", 750),
-    ("crates/kiln-solver/src/progress.rs", 715),
 ];
 
 fn root() -> PathBuf {

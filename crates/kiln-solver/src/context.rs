@@ -11,7 +11,7 @@ use crate::error::SolveError;
 use crate::flight::{TeardownGuard, WeakTeardown};
 use crate::job::{Job, JobInner};
 use crate::op::Worker;
-use crate::progress::{AttachId, Reporter};
+use crate::reporter::{AttachId, Reporter};
 
 /// What an operation may use while it is keyed or carried out. Cheap to clone.
 pub struct OpContext<W: Worker> {

@@ -1,6 +1,5 @@
 //! What builds may rely on: sharing, cancellation, laziness, errors, progress.
 
-
 mod support;
 
 use std::sync::Arc;
