@@ -1,6 +1,7 @@
 //! Progress on a terminal: finished steps scroll up, running ones are redrawn below with their last lines.
 
 use std::io::{self, Write as _};
+use std::time::{Duration, Instant};
 
 use crossterm::cursor::MoveUp;
 use crossterm::style::Stylize as _;
@@ -9,36 +10,47 @@ use crossterm::{QueueableCommand as _, queue};
 
 use super::{Change, State, Step, amount};
 
+/// How long a step must stay ended before it scrolls up: some end, go on, and end again.
+const SETTLED: Duration = Duration::from_millis(200);
+
 #[derive(Debug, Default)]
 pub(crate) struct Live {
     /// Lines drawn last that the next drawing replaces.
     drawn: u16,
+    /// Steps that have ended and have not scrolled up yet.
+    ended: Vec<(usize, Instant)>,
 }
 
 impl Live {
     pub(super) fn show(&mut self, state: &State, changes: &[Change]) -> io::Result<()> {
-        let mut lines = Vec::new();
         for change in changes {
-            if let Change::Completed(index) = change
-                && let Some(step) = state.steps.get(*index)
-            {
-                lines.push(finished(step));
-                // A failed step keeps what it said on the screen.
-                if !step.error.is_empty() {
-                    lines.extend(step.tail.iter().map(|line| format!("   {} {line}", "|".dark_grey())));
-                }
+            if let Change::Completed(index) = change {
+                self.ended.retain(|(known, _)| known != index);
+                self.ended.push((*index, Instant::now()));
             }
         }
-        self.draw(state, &lines)
+        self.redraw(state)
     }
 
     pub(super) fn redraw(&mut self, state: &State) -> io::Result<()> {
-        self.draw(state, &[])
+        let settled: Vec<usize> = self
+            .ended
+            .iter()
+            .filter(|(_, at)| at.elapsed() > SETTLED)
+            .map(|(index, _)| *index)
+            .collect();
+        self.ended.retain(|(index, _)| !settled.contains(index));
+        let above = lines_of(state, &settled);
+        self.draw(state, &above)
     }
 
-    pub(super) fn finish(&mut self, _: &State) -> io::Result<()> {
+    pub(super) fn finish(&mut self, state: &State) -> io::Result<()> {
+        let ended: Vec<usize> = self.ended.drain(..).map(|(index, _)| index).collect();
         let mut out = io::stderr().lock();
         self.clear(&mut out)?;
+        for line in lines_of(state, &ended) {
+            writeln!(out, "{line}")?;
+        }
         out.flush()
     }
 
@@ -58,7 +70,11 @@ impl Live {
         for line in above {
             writeln!(out, "{line}")?;
         }
-        let (width, height) = size().unwrap_or((80, 24));
+        // A terminal that does not know its size says zero.
+        let (width, height) = size()
+            .ok()
+            .filter(|(width, height)| *width > 0 && *height > 0)
+            .unwrap_or((80, 24));
         let width = usize::from(width.max(20));
         let running: Vec<&Step> = state.steps.iter().filter(|step| step.is_running()).collect();
         let room = usize::from(height).saturating_sub(2);
@@ -88,16 +104,33 @@ impl Live {
     }
 }
 
+/// What remains of steps that have ended. A failed one keeps what it said on the screen.
+fn lines_of(state: &State, ended: &[usize]) -> Vec<String> {
+    let mut lines = Vec::new();
+    for step in ended
+        .iter()
+        .filter_map(|index| state.steps.get(*index))
+        .filter(|step| step.completed.is_some())
+    {
+        lines.push(finished(step));
+        if !step.error.is_empty() {
+            lines.extend(step.tail.iter().map(|line| format!("   {} {}", "|".dark_grey(), cut(line, 2000))));
+        }
+    }
+    lines
+}
+
 fn finished(step: &Step) -> String {
+    let name = cut(&step.name, 500);
     let time = format!("{:.1}s", step.elapsed().as_secs_f64());
     if step.error.ends_with("context canceled") {
-        format!(" {} {}", "CANCELED".yellow(), step.name)
+        format!(" {} {name}", "CANCELED".yellow())
     } else if !step.error.is_empty() {
-        format!(" {} {} {time}", "ERROR".red(), step.name)
+        format!(" {} {name} {time}", "ERROR".red())
     } else if step.cached {
-        format!(" {} {}", "CACHED".blue(), step.name)
+        format!(" {} {name}", "CACHED".blue())
     } else {
-        format!(" {} {} {}", "done".green(), step.name, time.dark_grey())
+        format!(" {} {name} {}", "done".green(), time.dark_grey())
     }
 }
 
