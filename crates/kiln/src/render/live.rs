@@ -114,7 +114,11 @@ fn lines_of(state: &State, ended: &[usize]) -> Vec<String> {
     {
         lines.push(finished(step));
         if !step.error.is_empty() {
-            lines.extend(step.tail.iter().map(|line| format!("   {} {}", "|".dark_grey(), cut(line, 2000))));
+            lines.extend(
+                step.tail
+                    .iter()
+                    .map(|line| format!("   {} {}", "|".dark_grey(), cut(line, 2000))),
+            );
         }
     }
     lines
