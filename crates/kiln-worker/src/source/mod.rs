@@ -45,6 +45,7 @@ pub struct SourceKey {
 mod file_layer;
 pub mod git;
 mod git_remote;
+pub mod http;
 pub mod image;
 pub mod local;
 mod local_listing;
@@ -52,9 +53,10 @@ mod manifest;
 pub mod oci_layout;
 
 /// Every kind of source there is.
-static ALL: [&dyn Source; 5] = [
+static ALL: [&dyn Source; 6] = [
     &local::LocalSource,
     &git::GitSource,
+    &http::HttpSource,
     &image::ImageSource,
     &image::ImageBlobSource,
     &oci_layout::OciLayoutSource,
