@@ -130,6 +130,9 @@ struct Twin {
     contents: HashMap<String, (u64, String)>,
     runs: u64,
     unsaved: u64,
+    /// A pruned result was made again. From then on it depends on timing which aliases of its consumers were looked at
+    /// before and which after, and so how much later builds have to make to find the same values.
+    remade: bool,
 }
 
 #[derive(Clone)]
@@ -290,6 +293,7 @@ impl Twin {
             u64::MAX - self.unsaved
         } else {
             let version = self.version(&canonical) + 1;
+            self.remade |= version > 1 && !ignore;
             self.records.insert(canonical.clone(), (version, Some(value.clone())));
             self.learn(job, n, &canonical, &looked_at);
             version
@@ -413,8 +417,11 @@ proptest! {
                 // Run numbers follow the order of runs, which is free among independent vertices.
                 let got = without_runs(&Value { text: got, content: String::new(), run: 0 });
                 prop_assert_eq!(&got.text, &without_runs(&expected.value).text);
-                prop_assert_eq!(&ran, &job.ran, "runs");
                 lab.until_idle().await;
+                if twin.remade {
+                    break;
+                }
+                prop_assert_eq!(&ran, &job.ran, "runs");
             }
             Ok(())
         })?;
