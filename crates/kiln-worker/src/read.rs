@@ -35,8 +35,9 @@ pub struct FileInfo {
 
 impl LlbWorker {
     /// The merged files of a result.
-    pub async fn view(&self, _client: &Client, value: &Ref) -> Result<View> {
-        Ok(self.store().realize(value.as_ref(), &RealizeCtx::default()).await?)
+    pub async fn view(&self, client: &Client, value: &Ref) -> Result<View> {
+        let ctx = RealizeCtx { providers: client.providers(), ..RealizeCtx::default() };
+        Ok(self.store().realize(value.as_ref(), &ctx).await?)
     }
 
     /// A regular file, whole or a range of it (offset and length; short at the end).
