@@ -11,6 +11,7 @@ pub mod lint;
 pub mod mount;
 pub mod parser;
 mod pattern;
+mod read;
 pub mod span;
 pub mod stage;
 mod suggest;

@@ -1,9 +1,10 @@
 //! Stages: a FROM and what follows it, and the whole file as a list of them.
 
 use super::flags::{FlagKind, Flags};
-use super::instruction::{self, Argument, Instruction, Kind, Parsed};
+use super::instruction::{Argument, Instruction, Kind, Parsed};
 use super::lint::{self, LintScope, Linter};
 use super::parser::{self, Node};
+use super::read;
 use super::span::Span;
 use crate::error::{DockerfileError, Located};
 use crate::gotext::quote;
@@ -68,7 +69,7 @@ impl Dockerfile {
         for node in &parsed.nodes {
             let line = node.span.first().unwrap_or(0);
             let context = || format!("dockerfile parse error on line {line}");
-            let read = instruction::read(node, &linter.scope(&node.comments))
+            let read = read::read(node, &linter.scope(&node.comments))
                 .map_err(DockerfileError::new)
                 .at_span(node.span)
                 .map_err(|e| e.context(context()))?;
@@ -157,12 +158,12 @@ pub(super) fn read(node: &Node, lint: &LintScope<'_>) -> Result<Stage, String> {
     };
     let flags = Flags::parse(&node.flags, &[("platform", FlagKind::Text)])?;
     if !name.is_empty() {
-        instruction::check_description("FROM", &[&name], node, lint);
+        read::check_description("FROM", &[&name], node, lint);
     }
     Ok(Stage {
         keyword: node.keyword.clone(),
         base: words.first().cloned().unwrap_or_default(),
-        description: instruction::description(&node.comments, &name),
+        description: read::description(&node.comments, &name),
         name,
         platform: flags.text("platform"),
         text: node.original.trim().to_owned(),

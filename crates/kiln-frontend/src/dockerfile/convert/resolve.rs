@@ -13,9 +13,10 @@ use super::{Bridge, Conversion};
 use crate::bridge::ResolveImageOptions;
 use crate::context::source;
 use crate::context::{Loaded, NamedContext};
-use crate::dockerfile::instruction::{self, Kind, Parsed};
+use crate::dockerfile::instruction::{Kind, Parsed};
 use crate::dockerfile::lint;
 use crate::dockerfile::parser;
+use crate::dockerfile::read;
 use crate::dockerfile::suggest::nearest;
 use crate::error::{DockerfileError, Located};
 use crate::image::Image;
@@ -309,7 +310,7 @@ impl<B: Bridge> Conversion<'_, B> {
         };
         node.span = span;
         let silent = lint::Linter::silent();
-        let instruction = match instruction::read(&node, &silent.scope(&[])).map_err(DockerfileError::new)? {
+        let instruction = match read::read(&node, &silent.scope(&[])).map_err(DockerfileError::new)? {
             Parsed::Instruction(instruction) => instruction,
             Parsed::Stage(_) => return Err(DockerfileError::new("*instructions.Stage is not a command type")),
         };
