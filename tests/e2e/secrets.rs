@@ -75,7 +75,7 @@ fn a_secret_is_nowhere_on_disk_during_the_step_and_after_a_kill() {
     let mut daemon = Daemon::start();
     let buildx = daemon.buildx();
     let context = Fixture::new(
-        "=== Dockerfile\nFROM busybox\nRUN --mount=type=secret,id=token test -s /run/secrets/token && echo in-the-\"\"step && sleep 600\n",
+        "=== Dockerfile\nFROM busybox\nRUN --mount=type=secret,id=token test -s /run/secrets/token && echo in-the-\"\"step && sleep 600; : kiln-mark-secret\n",
     );
     // The reference writes a secret that becomes an environment variable into its runtime's configuration file. Kiln does not.
     if !harness::lab::is_reference() {
@@ -105,7 +105,7 @@ fn a_secret_is_nowhere_on_disk_during_the_step_and_after_a_kill() {
     running.signal("KILL");
     let _ = running.finish();
     // Sweep what a killed daemon's runtime may have left behind.
-    let left = harness::process::running_with("sleep 600");
+    let left = harness::process::running_with("kiln-mark-secret");
     for id in left {
         harness::process::signal(id, "KILL");
     }
