@@ -27,8 +27,6 @@ const NOT_YET: &[&str] = &[
     "resolveimage.resolvemode",
     "soruce.http.uidgid",
     "source.git.httpauth",
-    "source.git.knownsshhosts",
-    "source.git.mountsshsock",
     "source.http.auth",
     "source.http.header",
     "source.image.checksum",

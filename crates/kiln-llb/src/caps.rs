@@ -19,8 +19,6 @@ pub const LLB_CAPS: &[&str] = &[
     "source.git.keepgitdir",
     "source.git.fullurl",
     "source.git.httpauth",
-    "source.git.knownsshhosts",
-    "source.git.mountsshsock",
     "source.git.subdir",
     "source.git.checksum",
     "source.git.skipsubmodules",
