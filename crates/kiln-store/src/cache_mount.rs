@@ -79,9 +79,13 @@ enum Use {
 struct Instance {
     record: MountRecord,
     used: Use,
+    /// Its directory exists, with what it starts with. Until then only the request that makes it may have it.
+    made: bool,
     /// Disk space as last measured.
     disk: u64,
     stale: bool,
+    /// Held from reading the record in the table to writing it beside the files, so that what is written last is newest.
+    pen: Arc<Mutex<()>>,
 }
 
 /// All cache mounts.
@@ -119,7 +123,7 @@ impl Drop for CacheMount {
     }
 }
 
-/// What [`Table::take`] found: what was taken (`None` if a locked one is in use), and what is to be removed.
+/// What [`Table::take`] found: what was taken (`None` if one is to be waited for), and what is to be removed.
 type Found = (Option<Vec<Taken>>, Vec<(DirId, u64)>);
 
 enum Taken {
@@ -128,6 +132,17 @@ enum Taken {
 }
 
 impl Table {
+    fn made(&self, id: &DirId) {
+        if let Some(instance) = self.instances.lock().get_mut(id) {
+            instance.made = true;
+        }
+        self.freed.notify_waiters();
+    }
+
+    fn pen(&self, id: &DirId) -> Option<Arc<Mutex<()>>> {
+        self.instances.lock().get(id).map(|instance| instance.pen.clone())
+    }
+
     fn give_back(&self, id: &DirId) {
         if let Some(instance) = self.instances.lock().get_mut(id) {
             instance.used = match instance.used {
@@ -140,7 +155,7 @@ impl Table {
         self.freed.notify_waiters();
     }
 
-    /// Takes all or none; `None` means that a locked one is in use.
+    /// Takes all or none; `None` means that a locked one is in use, or a shared one is being made.
     fn take(&self, tenant: &Tenant, requests: &[CacheMountRequest]) -> Found {
         let mut instances = self.instances.lock();
         let mut unwanted = Vec::new();
@@ -148,7 +163,8 @@ impl Table {
             let base = request.base.as_ref().map(|(id, _)| id);
             for (id, instance) in instances.iter_mut() {
                 let r = &instance.record;
-                if r.tenant == *tenant && r.name == request.id && r.base.as_ref() == base && instance.used == Use::Free {
+                if r.tenant == *tenant && r.name == request.id && r.base.as_ref() == base && instance.used == Use::Free
+                {
                     instance.used = Use::Dying;
                     unwanted.push((id.clone(), instance.disk));
                 }
@@ -172,6 +188,21 @@ impl Table {
                 Sharing::Shared => shared.or(free),
                 Sharing::Private | Sharing::Locked => free,
             };
+            let own_new = |id: &DirId| taken.iter().any(|t| matches!(t, Taken::New(new) if new == id));
+            let unmade = |i: &&mut Instance| !i.made && !own_new(&i.record.id);
+            let wait = match found.and_then(|n| own.get(n)) {
+                Some(instance) => unmade(instance),
+                None => request.sharing == Sharing::Locked && !own.is_empty(),
+            };
+            if wait {
+                for (id, used) in before.into_iter().rev() {
+                    if let Some(instance) = instances.get_mut(&id) {
+                        instance.used = used;
+                    }
+                }
+                instances.retain(|id, _| !taken.iter().any(|t| matches!(t, Taken::New(new) if new == id)));
+                return (None, unwanted);
+            }
             if let Some(instance) = found.and_then(|n| own.get_mut(n)) {
                 before.push((instance.record.id.clone(), instance.used));
                 instance.used = match (request.sharing, instance.used) {
@@ -181,15 +212,6 @@ impl Table {
                 };
                 taken.push(Taken::Existing(instance.record.id.clone()));
                 continue;
-            }
-            if request.sharing == Sharing::Locked && !own.is_empty() {
-                for (id, used) in before {
-                    if let Some(instance) = instances.get_mut(&id) {
-                        instance.used = used;
-                    }
-                }
-                instances.retain(|id, _| !taken.iter().any(|t| matches!(t, Taken::New(new) if new == id)));
-                return (None, unwanted);
             }
             let id = DirId::random();
             let now = Time::now();
@@ -215,8 +237,10 @@ impl Table {
                 Instance {
                     record,
                     used,
+                    made: false,
                     disk: 0,
                     stale: true,
+                    pen: Arc::default(),
                 },
             );
             taken.push(Taken::New(id));
@@ -226,7 +250,7 @@ impl Table {
 }
 
 impl Store {
-    /// Takes all the cache mounts a step asks for, waiting for locked ones that are in use. Nothing is held while
+    /// Takes all the cache mounts a step asks for, waiting for locked ones that are in use and for shared ones that are being made. Nothing is held while
     /// waiting. Cancel by dropping the future.
     ///
     /// # Errors
@@ -242,7 +266,12 @@ impl Store {
             freed.as_mut().enable();
             let (taken, unwanted) = self.cache_mounts.take(tenant, &requests);
             for (id, disk) in unwanted {
-                self.trash.discard(self, &self.dir.part("cache-mounts").join(id.as_str()), Area::CacheMounts, disk)?;
+                self.trash.discard(
+                    self,
+                    &self.dir.part("cache-mounts").join(id.as_str()),
+                    Area::CacheMounts,
+                    disk,
+                )?;
                 self.cache_mounts.instances.lock().remove(&id);
             }
             if let Some(taken) = taken {
@@ -292,6 +321,18 @@ impl Store {
     fn prepare_mount(self: &Arc<Self>, mount: &CacheMount, request: &CacheMountRequest) -> Result<()> {
         let dir = self.dir.part("cache-mounts").join(mount.id.as_str());
         let writing = self.epochs.enter();
+        let Some(pen) = self.cache_mounts.pen(&mount.id) else {
+            return Ok(());
+        };
+        if mount.new {
+            fs::create_dir(&dir).during("create", &dir)?;
+            fs::create_dir(&mount.path).during("create", &mount.path)?;
+            if let Some((_, view)) = &request.base {
+                let files = Dir::open_ambient(&mount.path)?.with_links(Links::Refuse);
+                crate::snapshot::native::materialise(view, &Arc::new(files), &Stop::new())?;
+            }
+        }
+        let _alone = pen.lock();
         let record = {
             let mut instances = self.cache_mounts.instances.lock();
             let Some(instance) = instances.get_mut(&mount.id) else {
@@ -303,15 +344,10 @@ impl Store {
             instance.record.epoch = writing.epoch();
             instance.record.clone()
         };
-        if mount.new {
-            fs::create_dir(&dir).during("create", &dir)?;
-            fs::create_dir(&mount.path).during("create", &mount.path)?;
-            if let Some((_, view)) = &request.base {
-                let files = Dir::open_ambient(&mount.path)?.with_links(Links::Refuse);
-                crate::snapshot::native::materialise(view, &Arc::new(files), &Stop::new())?;
-            }
-        }
         record_file::write(&dir.join("record"), &record)?;
+        if mount.new {
+            self.cache_mounts.made(&mount.id);
+        }
         Ok(())
     }
 
@@ -333,8 +369,10 @@ impl Store {
                     self.ledger.add(Area::CacheMounts, disk);
                     let instance = Instance {
                         used: Use::Free,
+                        made: true,
                         disk,
                         stale: false,
+                        pen: Arc::default(),
                         record,
                     };
                     self.cache_mounts
@@ -369,20 +407,27 @@ impl Store {
             let dir = self.dir.part("cache-mounts").join(id.as_str());
             let measured = disk_usage(&dir).unwrap_or(0);
             let writing = self.epochs.enter();
-            let mut instances = self.cache_mounts.instances.lock();
-            let Some(instance) = instances.get_mut(&id).filter(|i| i.used != Use::Dying) else {
+            let Some(pen) = self.cache_mounts.pen(&id) else {
                 continue;
             };
-            self.ledger.add(Area::CacheMounts, measured);
-            self.ledger.sub(Area::CacheMounts, instance.disk);
-            instance.disk = measured;
-            if instance.used != Use::Free {
-                continue;
-            }
-            instance.record.dirty = false;
-            instance.record.epoch = writing.epoch();
-            // Under the lock: a user who takes it now must write its own record after this one.
-            if let Err(error) = record_file::write(&dir.join("record"), &instance.record) {
+            // A user who takes it from here on writes its own record after this one.
+            let _alone = pen.lock();
+            let record = {
+                let mut instances = self.cache_mounts.instances.lock();
+                let Some(instance) = instances.get_mut(&id).filter(|i| i.used != Use::Dying) else {
+                    continue;
+                };
+                self.ledger.add(Area::CacheMounts, measured);
+                self.ledger.sub(Area::CacheMounts, instance.disk);
+                instance.disk = measured;
+                if instance.used != Use::Free {
+                    continue;
+                }
+                instance.record.dirty = false;
+                instance.record.epoch = writing.epoch();
+                instance.record.clone()
+            };
+            if let Err(error) = record_file::write(&dir.join("record"), &record) {
                 tracing::debug!(%error, "a cache mount could not be recorded at rest");
             }
         }

@@ -3,12 +3,17 @@
 use std::fs::{self, File};
 use std::io::Write as _;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::error::{IoContext as _, Result, StoreError};
+
+/// Numbers drafts: every writer has its own. What a killed process leaves goes with the directory it lies in, or at the
+/// next start.
+static DRAFTS: AtomicU64 = AtomicU64::new(0);
 
 /// Version written in front of every record file and every index value.
 pub(crate) const VERSION: u8 = 1;
@@ -50,14 +55,23 @@ pub(crate) fn decode<T: DeserializeOwned>(raw: &[u8]) -> Result<T, String> {
 
 /// Writes `value` to `path`: first a neighbour with a dot in front, then a rename, so a reader sees all or nothing.
 /// Not durable by itself (see `epoch.rs`). Returns the disk space of the file in bytes.
+///
+/// Writers of one path do not disturb each other, but which of them is last is for the caller to decide.
 pub(crate) fn write<T: Serialize>(path: &Path, value: &T) -> Result<u64> {
     let raw = encode(value)?;
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let draft = path.with_file_name(format!(".{name}.new"));
-    let mut file = File::create(&draft).during("create", &draft)?;
-    file.write_all(&raw).during("write", &draft)?;
-    drop(file);
-    fs::rename(&draft, path).during("rename", &draft)?;
+    let number = DRAFTS.fetch_add(1, Ordering::Relaxed);
+    let draft = path.with_file_name(format!(".{name}.{number}.new"));
+    let written = (|| {
+        let mut file = File::create(&draft).during("create", &draft)?;
+        file.write_all(&raw).during("write", &draft)?;
+        drop(file);
+        fs::rename(&draft, path).during("rename", &draft)
+    })();
+    if let Err(error) = written {
+        let _ = fs::remove_file(&draft);
+        return Err(error);
+    }
     Ok(raw.len() as u64)
 }
 
@@ -76,6 +90,25 @@ pub(crate) fn read<T: DeserializeOwned>(path: &Path) -> Result<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn writers_of_one_record_do_not_disturb_each_other() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("record");
+        std::thread::scope(|scope| {
+            for writer in 0..8u32 {
+                let path = &path;
+                scope.spawn(move || {
+                    for n in 0..50u32 {
+                        write(path, &vec![writer; n as usize * 40]).unwrap();
+                        let seen = read::<Vec<u32>>(path).unwrap();
+                        assert!(seen.iter().all(|v| Some(v) == seen.first()), "records are mixed");
+                    }
+                });
+            }
+        });
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "drafts are left");
+    }
 
     #[test]
     fn flipped_bytes_are_noticed() {

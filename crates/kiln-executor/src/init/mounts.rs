@@ -281,8 +281,9 @@ fn devices(dev: BorrowedFd<'_>, with: &Defaults<'_>) -> Result<(), Failure> {
     if std::path::Path::new("/proc/kcore").exists() {
         symlinkat("/proc/kcore", dev, "core").at(Step::Devices, "core")?;
     }
-    for name in ["pts", "shm", "mqueue"] {
-        mkdirat(dev, name, Mode::from_raw_mode(0o755)).at(Step::Devices, name)?;
+    // A file system that the step mounts on /dev/shm takes the mode of what it covers: everybody may write there.
+    for (name, mode) in [("pts", 0o755), ("shm", 0o1777), ("mqueue", 0o755)] {
+        mkdirat(dev, name, Mode::from_raw_mode(mode)).at(Step::Devices, name)?;
     }
     if with.security == SecurityMode::Insecure && !with.host.rootless {
         mkdirat(dev, "net", Mode::from_raw_mode(0o755)).at(Step::Devices, "net")?;

@@ -93,6 +93,41 @@ fn cache_mounts_are_shared_private_or_locked() {
     });
 }
 
+/// Steps that start together: nobody gets a directory before it is there with what it starts with.
+#[test]
+fn users_at_once_share_one_cache_mount() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let names: Vec<String> = (0..200).map(|n| format!("f{n}")).collect();
+    let entries: Vec<(&str, &str)> = names.iter().map(|n| (n.as_str(), "base")).collect();
+    let base = layer(&store, None, &entries);
+    let view = wait(store.realize(Some(&base), &RealizeCtx::default())).unwrap();
+    for round in 0..20 {
+        let id = format!("m{round}");
+        let wanted = || CacheMountRequest {
+            base: Some((base.id().clone(), view.clone())),
+            ..request(&id, Sharing::Shared)
+        };
+        std::thread::scope(|scope| {
+            let users: Vec<_> = (0..8)
+                .map(|_| {
+                    scope.spawn(|| {
+                        // Twice in one request: one step may mount it at two places.
+                        let mounts = wait(store.cache_mounts(&tenant(), vec![wanted(), wanted()])).unwrap();
+                        assert_eq!(mounts[0].path(), mounts[1].path());
+                        let found = std::fs::read_dir(mounts[0].path()).unwrap().count();
+                        assert_eq!(found, names.len(), "a directory before it was complete");
+                        mounts
+                    })
+                })
+                .collect();
+            let taken: Vec<_> = users.into_iter().map(|user| user.join().unwrap()).collect();
+            assert!(taken.iter().all(|mounts| mounts[0].path() == taken[0][0].path()));
+            assert_eq!(taken.iter().flatten().filter(|mount| mount.is_new()).count(), 1);
+        });
+    }
+}
+
 #[test]
 fn a_cache_mount_starts_with_its_base() {
     let dir = tempfile::tempdir().unwrap();
