@@ -13,8 +13,8 @@ use kiln_frontend::{DockerfileFrontend, FrontendError};
 use kiln_llb::{Definition, Graph, SourcePosition, SourceRange, VertexDigest};
 use kiln_oci::{Digest, Platform};
 use kiln_proto::{Timestamp, gateway as pb};
-use kiln_solver::progress::{Reporter, VertexProgress};
-use kiln_solver::{ErrorKind, SolveError, WorkerError as _};
+use kiln_solver::progress::VertexProgress;
+use kiln_solver::{ErrorKind, Reporter, SolveError, WorkerError as _};
 use kiln_worker::{OpError, RemoteMeta};
 use tonic::Code;
 
