@@ -189,10 +189,30 @@ impl RegistryError {
 }
 
 /// The last message in a chain of causes: `connection refused` rather than "error sending request".
-pub(crate) fn innermost(error: &(dyn std::error::Error + 'static)) -> String {
+pub fn innermost(error: &(dyn std::error::Error + 'static)) -> String {
     let mut current = error;
     while let Some(next) = current.source() {
         current = next;
     }
-    current.to_string()
+    match current.downcast_ref::<std::io::Error>() {
+        // `Connection refused (os error 111)` is `connection refused` by its kind; kinds without a name of their own say
+        // less than the system's text.
+        Some(error) if error.raw_os_error().is_some() => match error.kind().to_string() {
+            kind if kind == "uncategorized error" || kind == "other error" => error.to_string(),
+            kind => kind,
+        },
+        _ => current.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::innermost;
+
+    #[test]
+    fn the_system_s_errors_are_named_by_their_kind() {
+        // ECONNREFUSED
+        assert_eq!(innermost(&std::io::Error::from_raw_os_error(111)), "connection refused");
+        assert_eq!(innermost(&std::io::Error::other("odd")), "odd");
+    }
 }

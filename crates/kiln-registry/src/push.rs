@@ -120,8 +120,18 @@ impl Client {
             tracing::debug!(host = endpoint.host, digest = %blob.digest, %error, failures, "upload is tried again");
             tokio::time::sleep(backoff(&retry, failures)).await;
             chunked |= too_large || blob.size > self.hosts.config().upload_chunk;
-            if chunked && !too_large {
+            if too_large {
+                continue;
+            }
+            if chunked {
                 upload = self.upload_status(&endpoint, target, blob, location).await;
+            } else if failures % 2 == 1 {
+                // A registry that was too busy still has the upload, empty. Where that one is the trouble, every second
+                // attempt opens another.
+                upload = self
+                    .upload_status(&endpoint, target, blob, location)
+                    .await
+                    .filter(|u| u.offset == 0);
             }
         }
     }

@@ -215,8 +215,8 @@ impl Client {
                         continue;
                     }
                     Refusal::Again(_) if streaming => {}
-                    Refusal::Again(_) => return Err(denied(endpoint, call, "authorization failed".to_owned())),
-                    Refusal::Final(detail) => return Err(denied(endpoint, call, detail)),
+                    Refusal::Again(_) => return Err(denied(endpoint, call, response.status(), "authorization failed")),
+                    Refusal::Final(detail) => return Err(denied(endpoint, call, response.status(), &detail)),
                 }
             }
             return Ok(Answer {
@@ -251,10 +251,7 @@ impl Client {
                 what: call.name.clone(),
                 host: endpoint.host.clone(),
             },
-            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
-                let detail = if detail.is_empty() { status.to_string() } else { detail };
-                denied(endpoint, call, detail)
-            }
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => denied(endpoint, call, status, &detail),
             status => RegistryError::Status {
                 what: call.what.clone(),
                 host: endpoint.host.clone(),
@@ -265,7 +262,12 @@ impl Client {
     }
 }
 
-fn denied(endpoint: &Endpoint, call: &Call, detail: String) -> RegistryError {
+/// A refusal, with the registry's words and the status, by which people look such errors up.
+fn denied(endpoint: &Endpoint, call: &Call, status: StatusCode, detail: &str) -> RegistryError {
+    let detail = match detail {
+        "" => status.to_string(),
+        detail => format!("{detail}: {status}"),
+    };
     let (what, host) = (call.name.clone(), endpoint.host.clone());
     if call.push {
         RegistryError::PushDenied { what, host, detail }

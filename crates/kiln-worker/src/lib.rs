@@ -28,9 +28,7 @@ pub use client::{Client, Pin};
 pub use error::{OpError, OpResult};
 pub use read::FileInfo;
 pub use source::image::ImageMeta;
+pub use source::remote::{GitMeta, HttpMeta, RemoteMeta};
 pub use source::{Source, SourceInstance, SourceKey};
 pub use surroundings::DnsSettings;
 pub use worker::{LlbWorker, NetworkOptions, Ref, WorkerOptions, store_tenant};
-
-mod shim;
-pub use shim::*;

@@ -36,7 +36,10 @@ pub struct FileInfo {
 impl LlbWorker {
     /// The merged files of a result.
     pub async fn view(&self, client: &Client, value: &Ref) -> Result<View> {
-        let ctx = RealizeCtx { providers: client.providers(), ..RealizeCtx::default() };
+        let ctx = RealizeCtx {
+            providers: client.providers(),
+            ..RealizeCtx::default()
+        };
         Ok(self.store().realize(value.as_ref(), &ctx).await?)
     }
 
@@ -117,7 +120,8 @@ impl LlbWorker {
 }
 
 fn no_such(path: &str) -> OpError {
-    OpError::missing(format!("{path}: no such file or directory"))
+    // As the system call that opens it says: users know `failed to read dockerfile: open Dockerfile: no such file …`.
+    OpError::missing(format!("open {path}: no such file or directory"))
 }
 
 fn info(entry: &Entry) -> FileInfo {

@@ -7,12 +7,13 @@ use kiln_executor::Executor;
 use kiln_llb::Vertex;
 use kiln_oci::Platform;
 use kiln_session::{Session, SessionError, SessionId, SessionManager};
-use kiln_solver::{Op, OpContext, Worker};
+use kiln_solver::{Op, Worker};
 use kiln_store::{LayerRef, Store, Tenant};
 
 use crate::client::Client;
 use crate::error::{OpError, Result};
 use crate::op;
+use crate::source::Asker;
 
 /// A result: a layer with all below it, or the empty file system.
 pub type Ref = Option<LayerRef>;
@@ -139,14 +140,14 @@ impl LlbWorker {
         &self.shared.sessions
     }
 
-    /// Makes a call on a session of any client that waits for an operation; the first that succeeds counts.
-    pub async fn any_session<T, F, Fut>(&self, cx: &OpContext<Self>, call: F) -> Result<T, SessionError>
+    /// Makes a call on a session of any client that asks; the first that succeeds counts.
+    pub(crate) async fn any_session<T, F, Fut>(&self, asker: Asker<'_>, call: F) -> Result<T, SessionError>
     where
         F: FnMut(Session) -> Fut,
         Fut: Future<Output = Result<T, SessionError>>,
     {
         let mut group: Vec<SessionId> = Vec::new();
-        for client in cx.clients() {
+        for client in asker.clients() {
             if !group.contains(&client.session) {
                 group.push(client.session.clone());
             }

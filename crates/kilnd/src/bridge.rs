@@ -224,11 +224,10 @@ fn is_official_dockerfile(source: &str) -> bool {
 
 /// An operation's error without the place.
 pub fn op_error(error: &OpError) -> WireError {
+    // Go's clients print any other code in front of the text, and read Unavailable as a daemon that is not there.
     let code = match error.kind() {
         ErrorKind::Canceled => Code::Cancelled,
-        ErrorKind::Unavailable => Code::Unavailable,
-        ErrorKind::Internal => Code::Internal,
-        ErrorKind::User => Code::Unknown,
+        ErrorKind::Unavailable | ErrorKind::Internal | ErrorKind::User => Code::Unknown,
     };
     let mut wire = WireError::new(code, error.to_string());
     if error.kind() == ErrorKind::Canceled && !wire.message.ends_with("context canceled") {
@@ -289,7 +288,7 @@ fn from_wire(error: WireError) -> BridgeError {
 }
 
 fn not_found(path: &str) -> BridgeError {
-    BridgeError::new(format!("{path}: no such file or directory")).with_kind(BridgeErrorKind::NotFound)
+    BridgeError::new(format!("open {path}: no such file or directory")).with_kind(BridgeErrorKind::NotFound)
 }
 
 #[async_trait]

@@ -15,6 +15,7 @@ use futures::{Stream, StreamExt as _};
 use kiln_llb::Vertex;
 use kiln_llb::op::SourceOp;
 use kiln_oci::Digest;
+use kiln_registry::error::innermost;
 use kiln_solver::{OpContext, StatusHandle, WorkerError as _};
 use kiln_store::{BlobHandle, ContentStore, LayerRef, RecordType};
 use reqwest::header::{
@@ -24,7 +25,8 @@ use reqwest::{StatusCode, Url};
 use tokio::sync::OnceCell;
 
 use super::file_layer::{self, FileMeta};
-use super::{Source, SourceInstance, SourceKey};
+use super::remote::HttpMeta;
+use super::{Asker, Source, SourceInstance, SourceKey};
 use crate::client::Pin;
 use crate::error::{OpError, OpResult};
 use crate::key::{HttpKey, http_key};
@@ -59,12 +61,14 @@ impl Source for HttpSource {
         &["http", "https"]
     }
 
-    fn open(
-        &self,
-        worker: &LlbWorker,
-        vertex: &Arc<Vertex>,
-        op: &SourceOp,
-    ) -> Result<Box<dyn SourceInstance>, OpError> {
+    fn open(&self, worker: &LlbWorker, _: &Arc<Vertex>, op: &SourceOp) -> Result<Box<dyn SourceInstance>, OpError> {
+        Ok(Box::new(HttpFile::new(worker, op)?))
+    }
+}
+
+impl HttpFile {
+    /// The file that an operation names. No I/O.
+    pub(super) fn new(worker: &LlbWorker, op: &SourceOp) -> Result<Self, OpError> {
         let bad = |what: String| OpError::user(format!("{}: {what}", op.identifier));
         let url = Url::parse(&op.identifier).map_err(|e| bad(format!("invalid URL: {e}")))?;
         let checksum = match op.attr("http.checksum").filter(|c| !c.is_empty()) {
@@ -87,9 +91,8 @@ impl Source for HttpSource {
                 };
             }
         }
-        Ok(Box::new(HttpFile {
+        Ok(Self {
             worker: worker.clone(),
-            vertex: Arc::clone(vertex),
             named: op.attr("http.filename").is_some_and(|n| !n.is_empty()),
             meta: FileMeta::from_attrs(op, "")?,
             auth_header_secret: op.attr("http.authheadersecret").unwrap_or_default().to_owned(),
@@ -98,7 +101,7 @@ impl Source for HttpSource {
             checksum,
             headers,
             got: OnceCell::new(),
-        }))
+        })
     }
 }
 
@@ -110,9 +113,8 @@ struct Got {
     disposition: Option<String>,
 }
 
-struct HttpFile {
+pub(super) struct HttpFile {
     worker: LlbWorker,
-    vertex: Arc<Vertex>,
     identifier: String,
     url: Url,
     checksum: Option<Digest>,
@@ -130,7 +132,7 @@ impl SourceInstance for HttpFile {
         let (digest, disposition, last_modified) = match self.checksum {
             Some(digest) => (digest, None, None),
             None => {
-                let got = self.got(cx).await?;
+                let got = self.got(cx.into()).await?;
                 (got.blob.digest(), got.disposition, got.last_modified)
             }
         };
@@ -140,7 +142,7 @@ impl SourceInstance for HttpFile {
                 digest: digest.to_string(),
                 platform: String::new(),
             };
-            client.pin(self.vertex.digest, pin);
+            client.pin(cx.vertex().digest, pin);
         }
         let mut file = self.meta.file();
         file.filename = self.file_name(disposition.as_deref());
@@ -171,7 +173,7 @@ impl SourceInstance for HttpFile {
                 last_modified: None,
                 disposition: None,
             },
-            None => self.got(cx).await?,
+            None => self.got(cx.into()).await?,
         };
         let mut meta = self.meta.clone();
         // With a checksum the key says nothing about the server's answer, so the file's name must not depend on it.
@@ -185,6 +187,28 @@ impl SourceInstance for HttpFile {
 }
 
 impl HttpFile {
+    /// What is known of the file. With a checksum that was given nothing is asked; without one the file is downloaded.
+    pub(super) async fn meta(&self, asker: Asker<'_>) -> Result<HttpMeta, OpError> {
+        if let Some(checksum) = self.checksum {
+            return Ok(HttpMeta {
+                checksum,
+                filename: self.file_name(None),
+                last_modified: None,
+            });
+        }
+        let got = self.got(asker).await?;
+        Ok(HttpMeta {
+            checksum: got.blob.digest(),
+            filename: self.file_name(got.disposition.as_deref()),
+            last_modified: got.last_modified.as_deref().and_then(http_date),
+        })
+    }
+
+    /// Whether it is a stream that the client offers once: asking about it would use it up.
+    pub(super) fn is_once(&self) -> bool {
+        self.url.host_str() == Some(SESSION_HOST)
+    }
+
     fn file_name(&self, disposition: Option<&str>) -> String {
         if self.named {
             return self.meta.name.clone();
@@ -201,32 +225,32 @@ impl HttpFile {
     }
 
     /// The file, downloaded once by this instance.
-    async fn got(&self, cx: &OpContext<LlbWorker>) -> Result<Got, OpError> {
-        self.got.get_or_try_init(|| self.download(cx)).await.cloned()
+    async fn got(&self, asker: Asker<'_>) -> Result<Got, OpError> {
+        self.got.get_or_try_init(|| self.download(asker)).await.cloned()
     }
 
-    async fn download(&self, cx: &OpContext<LlbWorker>) -> Result<Got, OpError> {
-        let content = self.worker.store().content(&store_tenant(cx.tenant())?);
-        if self.url.host_str() == Some(SESSION_HOST) {
+    async fn download(&self, asker: Asker<'_>) -> Result<Got, OpError> {
+        let content = self.worker.store().content(&store_tenant(asker.tenant())?);
+        if self.is_once() {
             let path = self.url.path().to_owned();
             let stream = self
                 .worker
-                .any_session(cx, |session| {
+                .any_session(asker, |session| {
                     let path = path.clone();
                     async move { session.upload(SESSION_HOST, &path).await }
                 })
                 .await?;
             let stream = stream.map(|bytes| bytes.map_err(OpError::from));
-            let blob = self.store(cx, &content, Box::pin(stream), 0).await?;
+            let blob = self.store(asker, &content, Box::pin(stream), 0).await?;
             return Ok(Got {
                 blob,
                 last_modified: None,
                 disposition: None,
             });
         }
-        let client = cx.clients().into_iter().next().ok_or_else(OpError::canceled)?;
+        let client = asker.clients().into_iter().next().ok_or_else(OpError::canceled)?;
         let fail = |what: String| OpError::unavailable(format!("failed to load {}: {what}", plain(&self.url)));
-        let headers = self.request_headers(cx).await?;
+        let headers = self.request_headers(asker).await?;
         let memory = self.memory(&content, &headers);
         let known = KNOWN
             .lock()
@@ -271,7 +295,7 @@ impl HttpFile {
         let stream = answer.bytes_stream().map(move |bytes| {
             bytes.map_err(|e| OpError::unavailable(format!("failed to load {what}: {}", innermost(&e))))
         });
-        let blob = self.store(cx, &content, Box::pin(stream), total).await?;
+        let blob = self.store(asker, &content, Box::pin(stream), total).await?;
         if let Some(etag) = etag {
             let known = Known {
                 etag,
@@ -295,13 +319,13 @@ impl HttpFile {
     /// Writes a stream into the content store and compares its digest.
     async fn store(
         &self,
-        cx: &OpContext<LlbWorker>,
+        asker: Asker<'_>,
         content: &ContentStore,
         mut stream: std::pin::Pin<Box<dyn Stream<Item = Result<Bytes, OpError>> + Send>>,
         total: u64,
     ) -> Result<BlobHandle, OpError> {
         let number = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
-        let mut status: StatusHandle = cx.progress().status(self.file_name(None));
+        let mut status: StatusHandle = asker.progress().status(self.file_name(None));
         let mut writer = {
             let content = content.clone();
             blocking(move |_| content.writer(None)).await?
@@ -332,7 +356,7 @@ impl HttpFile {
     }
 
     /// The headers of the request: the user's, and the authorization that a secret holds for this host.
-    async fn request_headers(&self, cx: &OpContext<LlbWorker>) -> Result<HeaderMap, OpError> {
+    async fn request_headers(&self, asker: Asker<'_>) -> Result<HeaderMap, OpError> {
         let mut headers = HeaderMap::new();
         for (name, value) in &self.headers {
             let name: Result<HeaderName, _> = name.parse();
@@ -354,7 +378,7 @@ impl HttpFile {
             let id = (*name).to_owned();
             let secret = self
                 .worker
-                .any_session(cx, |session| {
+                .any_session(asker, |session| {
                     let id = id.clone();
                     async move { session.secret(&id).await }
                 })
@@ -392,14 +416,6 @@ fn plain(url: &Url) -> String {
     let _ = url.set_password(None);
     let _ = url.set_username("");
     url.to_string()
-}
-
-fn innermost(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut current = error;
-    while let Some(next) = current.source() {
-        current = next;
-    }
-    current.to_string()
 }
 
 /// The file name in a `Content-Disposition` header (RFC 6266, plain form).

@@ -42,6 +42,7 @@ pub struct SourceKey {
     pub transient: bool,
 }
 
+mod asker;
 mod file_layer;
 pub mod git;
 mod git_remote;
@@ -51,6 +52,9 @@ pub mod local;
 mod local_listing;
 mod manifest;
 pub mod oci_layout;
+pub mod remote;
+
+pub(crate) use asker::Asker;
 
 /// Every kind of source there is.
 static ALL: [&dyn Source; 6] = [
