@@ -4,7 +4,7 @@ CARGO ?= cargo
 # The directory cargo writes to, wherever the environment or a configuration file puts it.
 TARGET = $(shell $(CARGO) metadata --format-version 1 --no-deps --offline | sed -n 's/.*"target_directory":"\([^"]*\)".*/\1/p')
 
-.PHONY: build debug run test unit tidy e2e e2e-reference demo bench lab lint fmt doc ci clean-lab
+.PHONY: build debug run test packages unit tidy e2e e2e-reference demo bench lab lint fmt doc ci clean-lab
 
 build:                  ## the daemon and the command line, optimised, in target/release
 	$(CARGO) build --release -p kilnd -p kiln
@@ -23,7 +23,10 @@ test: tidy unit e2e     ## everything; KILN_E2E=0 leaves the end-to-end level ou
 tidy:                   ## rules of the source tree
 	$(CARGO) test -p kiln-e2e --lib --test tidy
 
-unit:                   ## unit and crate tests
+packages:               ## Debian packages that tests need; a second the next time
+	tests/lab/install
+
+unit: packages          ## unit and crate tests
 	$(CARGO) test --workspace --exclude kiln-e2e
 
 lab:                    ## packages, two versions of docker-buildx, base images; seconds when they are there
