@@ -30,7 +30,7 @@ pub use executor::{
     BoxFuture, Executor, ExitReport, Held, Input, Output, Process, ProcessControl, ProcessIo, Signal, Usage,
 };
 pub use init::maybe_init;
-pub use parent::{NamespaceConfig, NamespaceExecutor};
+pub use parent::{NamespaceConfig, NamespaceExecutor, in_user_namespace};
 pub use spec::{
     BridgeAddress, FileMount, JoinSpec, MountFlags, MountKind, MountSpec, NetMode, Overlay, OverlayWritable,
     ProcessSpec, Resources, RootMount, SecurityMode, TerminalSize, Ulimit,

@@ -198,8 +198,8 @@ fn validate(spec: &ProcessSpec) -> Result<(), ExecError> {
     Ok(())
 }
 
-/// Root here is not root of the machine.
-fn in_user_namespace() -> bool {
+/// Whether root here is not root of the machine: the process is in a user namespace other than the initial one.
+pub fn in_user_namespace() -> bool {
     let map = std::fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
     map.split_whitespace().collect::<Vec<_>>() != ["0", "0", "4294967295"]
 }

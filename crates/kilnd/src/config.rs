@@ -255,8 +255,10 @@ pub struct Config {
     pub log_json: bool,
     /// Entitlements that builds may ask for.
     pub entitlements: Vec<String>,
-    /// Whether the daemon runs in a user namespace of its own.
+    /// Whether the daemon runs without privileges on the host.
     pub rootless: bool,
+    /// A directory that does not survive a reboot, if the machine has one: `$XDG_RUNTIME_DIR/kiln` or `/run/kiln`.
+    pub runtime_dir: Option<PathBuf>,
     /// `overlayfs` or `native`; `None` chooses.
     pub snapshotter: Option<String>,
     /// Labels of the worker.
@@ -301,12 +303,13 @@ const UNIMPLEMENTED_TOP: &[&str] = &["proxyNetwork", "provenanceEnvDir", "otel",
 
 impl Config {
     /// Joins flags, the file they name (or the default one if it exists) and the defaults.
-    pub fn load(flags: &Flags, rootless: bool) -> Result<Self, ConfigError> {
-        let file = read_file(flags, rootless)?;
-        Self::join(flags, file, rootless)
+    pub fn load(flags: &Flags, caller: Caller) -> Result<Self, ConfigError> {
+        let file = read_file(flags, caller.has_own_paths())?;
+        Self::join(flags, file, caller)
     }
 
-    fn join(flags: &Flags, file: File, rootless: bool) -> Result<Self, ConfigError> {
+    fn join(flags: &Flags, file: File, caller: Caller) -> Result<Self, ConfigError> {
+        let own_paths = caller.has_own_paths();
         let mut ignored: Vec<String> = flags.without_effect().into_iter().map(str::to_owned).collect();
         for key in file.rest.keys() {
             let known = UNIMPLEMENTED_TOP.contains(&key.as_str());
@@ -352,8 +355,8 @@ impl Config {
                 .root
                 .clone()
                 .or(file.root.clone())
-                .unwrap_or_else(|| default_root(rootless)),
-            addresses: first_non_empty(&[&flags.addr, &file.grpc.address], || vec![default_address(rootless)]),
+                .unwrap_or_else(|| default_root(own_paths)),
+            addresses: first_non_empty(&[&flags.addr, &file.grpc.address], || vec![default_address(own_paths)]),
             socket_uid: file.grpc.uid,
             socket_gid: match &flags.group {
                 Some(group) => Some(group_id(group)?),
@@ -367,7 +370,8 @@ impl Config {
             } else {
                 flags.allow_insecure_entitlement.clone()
             },
-            rootless,
+            rootless: caller.rootless(flags.rootless.or(flags.oci_worker_rootless).or(oci.rootless))?,
+            runtime_dir: runtime_dir(own_paths),
             snapshotter,
             labels: labels(flags, &oci)?,
             platforms: first_non_empty(&[&flags.oci_worker_platform, &oci.platforms], Vec::new),
@@ -398,6 +402,53 @@ impl Config {
             official_frontend_as_image: frontend("dockerfile.v0").official_as_image.unwrap_or(false),
             ignored,
         })
+    }
+}
+
+/// Who starts the daemon, seen before it makes a user namespace of its own: inside everybody is root.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Caller {
+    /// Root of the machine.
+    Root,
+    /// An ordinary user.
+    User,
+    /// Root of a user namespace that somebody else made, and whether that is an ordinary user by name (`$USER`).
+    Mapped {
+        /// It is.
+        by_user: bool,
+    },
+}
+
+impl Caller {
+    /// Looks at this process.
+    pub fn of_process() -> Self {
+        if !rustix::process::geteuid().is_root() {
+            return Self::User;
+        }
+        if !kiln_executor::in_user_namespace() {
+            return Self::Root;
+        }
+        let by_user = std::env::var_os("USER").is_some_and(|name| !name.is_empty() && name != "root");
+        Self::Mapped { by_user }
+    }
+
+    /// Whether the default paths are the user's own.
+    fn has_own_paths(self) -> bool {
+        matches!(self, Self::User | Self::Mapped { by_user: true })
+    }
+
+    /// Whether the daemon will be rootless, which is not a matter of choice: what is asked for must agree.
+    fn rootless(self, wanted: Option<bool>) -> Result<bool, ConfigError> {
+        match (self, wanted) {
+            (Self::Root, Some(true)) => Err(ConfigError::Unsupported(
+                "rootless operation is for ordinary users: start kilnd as one, or leave --rootless out".into(),
+            )),
+            (Self::User, Some(false)) => Err(ConfigError::Unsupported(
+                "an ordinary user's daemon is rootless: start kilnd as root, or leave --rootless=false out".into(),
+            )),
+            (Self::Root, _) => Ok(false),
+            (Self::User | Self::Mapped { .. }, _) => Ok(true),
+        }
     }
 }
 
@@ -607,12 +658,25 @@ fn default_config_file(rootless: bool) -> PathBuf {
 
 fn default_address(rootless: bool) -> String {
     if rootless {
-        let dir = std::env::var("XDG_RUNTIME_DIR")
-            .unwrap_or_else(|_| format!("/run/user/{}", rustix::process::getuid().as_raw()));
-        format!("unix://{dir}/buildkit/buildkitd.sock")
+        format!("unix://{}/buildkit/buildkitd.sock", user_runtime_dir().display())
     } else {
         "unix:///run/buildkit/buildkitd.sock".into()
     }
+}
+
+fn user_runtime_dir() -> PathBuf {
+    match std::env::var_os("XDG_RUNTIME_DIR") {
+        Some(dir) if !dir.is_empty() => PathBuf::from(dir),
+        _ => format!("/run/user/{}", rustix::process::getuid().as_raw()).into(),
+    }
+}
+
+/// Only in memory: what lies on a disk says nothing about this boot.
+fn runtime_dir(rootless: bool) -> Option<PathBuf> {
+    const TMPFS: i64 = 0x0102_1994;
+    let above = if rootless { user_runtime_dir() } else { "/run".into() };
+    let found = rustix::fs::statfs(&above).ok()?;
+    (found.f_type as i64 == TMPFS).then(|| above.join("kiln"))
 }
 
 #[cfg(test)]
@@ -620,9 +684,31 @@ mod tests {
     use super::*;
     use clap::Parser as _;
 
-    fn join(args: &[&str], file: &str) -> Result<Config, ConfigError> {
+    fn join_as(caller: Caller, args: &[&str], file: &str) -> Result<Config, ConfigError> {
         let flags = Flags::parse_from(std::iter::once("kilnd").chain(args.iter().copied()));
-        Config::join(&flags, toml::from_str(file).unwrap(), false)
+        Config::join(&flags, toml::from_str(file).unwrap(), caller)
+    }
+
+    fn join(args: &[&str], file: &str) -> Result<Config, ConfigError> {
+        join_as(Caller::Root, args, file)
+    }
+
+    #[test]
+    fn who_starts_it_decides_whether_it_is_rootless() {
+        let mapped = Caller::Mapped { by_user: true };
+        let root = join_as(Caller::Root, &[], "").unwrap();
+        assert_eq!((root.root, root.rootless), ("/var/lib/buildkit".into(), false));
+        for caller in [Caller::User, mapped] {
+            let config = join_as(caller, &["--rootless"], "").unwrap();
+            assert!(config.rootless && config.root.ends_with("buildkit"), "{caller:?}");
+            assert_ne!(config.root, PathBuf::from("/var/lib/buildkit"));
+            assert!(join_as(caller, &[], "").unwrap().rootless);
+        }
+        let container = join_as(Caller::Mapped { by_user: false }, &[], "").unwrap();
+        assert_eq!((container.root, container.rootless), ("/var/lib/buildkit".into(), true));
+        assert!(join_as(Caller::Root, &["--rootless"], "").is_err());
+        assert!(join_as(Caller::Root, &[], "[worker.oci]\nrootless = true").is_err());
+        assert!(join_as(Caller::User, &["--oci-worker-rootless=false"], "").is_err());
     }
 
     #[test]

@@ -2,9 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Once};
 use std::time::Duration;
 
+use kiln_executor::NamespaceExecutor;
 use kiln_oci::Platform;
 use kiln_proto::content::content_server::ContentServer;
 use kiln_proto::control::control_server::ControlServer;
@@ -66,6 +67,8 @@ pub struct Daemon {
     store: Arc<Store>,
     progress_dir: PathBuf,
     collector: crate::usage::Collector,
+    executor: Arc<NamespaceExecutor>,
+    warmed_up: Once,
 }
 
 /// What [`Daemon::new`] is made of.
@@ -80,6 +83,8 @@ pub struct Parts {
     pub registry: Registry,
     /// Carries operations out.
     pub worker: LlbWorker,
+    /// Runs steps; the worker's.
+    pub executor: Arc<NamespaceExecutor>,
     /// Platforms steps can run on.
     pub platforms: Vec<Platform>,
     /// The name of the snapshotter in use.
@@ -89,7 +94,7 @@ pub struct Parts {
 impl Daemon {
     /// Joins the rooms. Blocking.
     pub fn new(parts: Parts) -> Result<Arc<Self>, StartError> {
-        let Parts { config, store, sessions, registry, worker, platforms, snapshotter } = parts;
+        let Parts { config, store, sessions, registry, worker, executor, platforms, snapshotter } = parts;
         let limits = Limits { age: config.history_age, entries: config.history_entries };
         let history = History::new(&store, limits);
         let io = |source| StartError::Io { action: "prepare the state directory", source };
@@ -120,6 +125,8 @@ impl Daemon {
             store,
             progress_dir,
             collector,
+            executor,
+            warmed_up: Once::new(),
         }))
     }
 
@@ -142,6 +149,11 @@ impl Daemon {
     /// Where progress of running builds is kept.
     pub fn progress_dir(&self) -> &PathBuf {
         &self.progress_dir
+    }
+
+    /// Lets the executor get ready while the first build still loads what it needs. Not at start: an idle daemon is small.
+    pub fn before_build(&self) {
+        self.warmed_up.call_once(|| self.executor.warm_up());
     }
 
     /// Collects garbage a moment later, if that is switched on.

@@ -39,6 +39,7 @@ pub async fn solve(daemon: &Arc<Daemon>, mut request: SolveRequest) -> Result<So
         });
     }
     check(daemon, &request)?;
+    daemon.before_build();
     let (build, recorder) = begin(daemon, &request)?;
     let registered = daemon.builds.register(Arc::clone(&build))?;
     let give_up = build.canceled.clone().drop_guard();

@@ -10,7 +10,7 @@ use kiln_worker::{LlbWorker, NetworkOptions, WorkerOptions};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
-use crate::config::{Config, ConfigError};
+use crate::config::{Caller, Config, ConfigError};
 use crate::daemon::{Daemon, Parts, serve};
 use crate::flags::Flags;
 use crate::listen::{ListenError, Listeners};
@@ -39,6 +39,13 @@ pub enum StartError {
     /// Namespaces.
     #[error("steps cannot be run on this machine: {0}")]
     Executor(#[from] kiln_executor::ExecError),
+    /// An ordinary user's daemon cannot become root of a namespace.
+    #[error("{error}: {}", std::error::Error::source(error).map(ToString::to_string).unwrap_or_default())]
+    UserNamespace {
+        /// What was attempted; its source is why it failed.
+        #[from]
+        error: kiln_executor::UserNamespaceError,
+    },
     /// Anything the operating system refuses.
     #[error("failed to {action}: {source}")]
     Io {
@@ -57,11 +64,16 @@ pub enum StartError {
 
 /// Runs the daemon until it is told to stop.
 pub fn run(flags: &Flags) -> Result<(), StartError> {
-    let rootless = flags.rootless.or(flags.oci_worker_rootless).unwrap_or(false);
-    let config = Config::load(flags, rootless)?;
+    // Before the user namespace: inside it everybody is root, and HOME's owner is nobody's business any more.
+    let config = Config::load(flags, Caller::of_process())?;
+    // Before anything starts a thread: a process of several threads cannot enter one.
+    let mapping = kiln_executor::enter_user_namespace()?;
     telemetry::install(&config.log_level, config.log_json);
     for name in &config.ignored {
         tracing::warn!(setting = name, "this setting is ignored");
+    }
+    if let Some(notice) = mapping.notice() {
+        tracing::warn!("{notice}");
     }
     // Whoever needs TLS finds one provider, and only one.
     if rustls::crypto::ring::default_provider().install_default().is_err() {
@@ -113,6 +125,7 @@ fn wire(config: Config) -> Result<(Arc<Daemon>, Arc<Store>), StartError> {
             Some("native") => SnapshotterChoice::Native,
             Some(_) => SnapshotterChoice::Overlay,
         },
+        cookie_dir: cookie_dir(&config),
         ..StoreConfig::new(&config.root)
     };
     let (store, report) = Store::open(store_config)
@@ -133,18 +146,32 @@ fn wire(config: Config) -> Result<(Arc<Daemon>, Arc<Store>), StartError> {
     } else {
         config.platforms.iter().map(|p| parse_platform(p)).collect::<Result<_, _>>()?
     };
+    let rootless = executor.is_rootless();
     let worker = LlbWorker::new(WorkerOptions {
         store: Arc::clone(&store),
-        executor,
+        executor: Arc::clone(&executor) as Arc<dyn kiln_executor::Executor>,
         sessions: sessions.clone(),
         platforms: platforms.clone(),
         network: network(&config),
         cgroup_parent: config.cgroup_parent.clone(),
-        rootless: config.rootless,
+        rootless,
     });
     let snapshotter = store.snapshotter().name().to_owned();
-    let parts = Parts { config, store: Arc::clone(&store), sessions, registry, worker, platforms, snapshotter };
+    let store_too = Arc::clone(&store);
+    let parts = Parts { config, store: store_too, sessions, registry, worker, executor, platforms, snapshotter };
     Ok((Daemon::new(parts)?, store))
+}
+
+/// The directory for the store's cookie, made if it can be.
+fn cookie_dir(config: &Config) -> Option<std::path::PathBuf> {
+    let dir = config.runtime_dir.as_ref()?;
+    match std::fs::create_dir_all(dir) {
+        Ok(()) => Some(dir.clone()),
+        Err(error) => {
+            tracing::debug!(dir = %dir.display(), %error, "no directory that does not survive a reboot");
+            None
+        }
+    }
 }
 
 fn network(config: &Config) -> NetworkOptions {

@@ -175,7 +175,8 @@ fn a_frozen_context_does_not_change_under_its_holder() {
     let first = take();
     assert!(first.is_new());
     std::fs::write(first.fs_path().join("a"), "1").unwrap();
-    std::fs::write(first.state_path(), "state").unwrap();
+    std::fs::create_dir(first.state_path()).unwrap();
+    std::fs::write(first.state_path().join("s"), "state").unwrap();
     // A second transfer meanwhile has its own directory and does not become the current one.
     let second = take();
     assert!(second.is_new() && second.dir() != first.dir());
@@ -188,7 +189,7 @@ fn a_frozen_context_does_not_change_under_its_holder() {
     // The next transfer while the layer is held: a copy, with what is remembered about it.
     let next = take();
     assert!(next.dir() != path && !next.is_new());
-    assert_eq!(std::fs::read_to_string(next.state_path()).unwrap(), "state");
+    assert_eq!(std::fs::read_to_string(next.state_path().join("s")).unwrap(), "state");
     std::fs::write(next.fs_path().join("a.new"), "2").unwrap();
     std::fs::rename(next.fs_path().join("a.new"), next.fs_path().join("a")).unwrap();
     assert_eq!(files(&store, Some(&frozen), &ctx), owned(&[("a", "1")]));
