@@ -80,7 +80,8 @@ impl Entitlements {
         if self.0.contains(name) {
             return Ok(());
         }
-        Err(WireError::new(Code::PermissionDenied, format!("{name} is not allowed")).with(vertex_detail(&vertex.digest)))
+        Err(WireError::new(Code::PermissionDenied, format!("{name} is not allowed"))
+            .with(vertex_detail(&vertex.digest)))
     }
 }
 
@@ -104,8 +105,15 @@ mod tests {
 
     fn exec() -> ExecOp {
         ExecOp {
-            meta: ExecMeta { args: vec!["true".into()], ..Default::default() },
-            mounts: vec![ExecMount { dest: "/".into(), output: Some(0), ..Default::default() }],
+            meta: ExecMeta {
+                args: vec!["true".into()],
+                ..Default::default()
+            },
+            mounts: vec![ExecMount {
+                dest: "/".into(),
+                output: Some(0),
+                ..Default::default()
+            }],
             ..Default::default()
         }
     }
@@ -115,11 +123,26 @@ mod tests {
         let wants = |names: &[&str]| names.iter().map(|s| (*s).to_owned()).collect::<Vec<_>>();
         assert!(Entitlements::grant(&wants(&["network.host"]), &[]).is_err());
         assert!(Entitlements::grant(&wants(&["nonsense"]), &wants(&["nonsense"])).is_err());
-        let host = graph(ExecOp { network: NetMode::Host, ..exec() }, OpMetadata::default());
-        let insecure = graph(ExecOp { security: SecurityMode::Insecure, ..exec() }, OpMetadata::default());
+        let host = graph(
+            ExecOp {
+                network: NetMode::Host,
+                ..exec()
+            },
+            OpMetadata::default(),
+        );
+        let insecure = graph(
+            ExecOp {
+                security: SecurityMode::Insecure,
+                ..exec()
+            },
+            OpMetadata::default(),
+        );
         let none = Entitlements::default();
         assert_eq!(none.check(&host).unwrap_err().message, "network.host is not allowed");
-        assert_eq!(none.check(&insecure).unwrap_err().message, "security.insecure is not allowed");
+        assert_eq!(
+            none.check(&insecure).unwrap_err().message,
+            "security.insecure is not allowed"
+        );
         let granted = Entitlements::grant(&wants(&["network.host"]), &wants(&["network.host"])).unwrap();
         assert!(granted.check(&host).is_ok());
         assert!(granted.check(&insecure).is_err());
@@ -127,7 +150,13 @@ mod tests {
 
     #[test]
     fn an_unknown_capability_is_refused() {
-        let meta = OpMetadata { caps: [("exec.meta.base".into(), true), ("no.such.cap".into(), true)].into(), ..Default::default() };
-        assert_eq!(Entitlements::default().check(&graph(exec(), meta)).unwrap_err().code, Code::Unimplemented);
+        let meta = OpMetadata {
+            caps: [("exec.meta.base".into(), true), ("no.such.cap".into(), true)].into(),
+            ..Default::default()
+        };
+        assert_eq!(
+            Entitlements::default().check(&graph(exec(), meta)).unwrap_err().code,
+            Code::Unimplemented
+        );
     }
 }

@@ -41,8 +41,14 @@ pub fn statements(
     started: SystemTime,
 ) -> Result<Statements, WireError> {
     let wanted = wanted(&request.frontend_attrs)?;
-    let mut out = Statements { is_map: matches!(result.refs, ResultRefs::ByPlatform(_)), ..Default::default() };
-    let (frontend, attrs) = build.trail.request().unwrap_or((request.frontend.clone(), request.frontend_attrs.clone()));
+    let mut out = Statements {
+        is_map: matches!(result.refs, ResultRefs::ByPlatform(_)),
+        ..Default::default()
+    };
+    let (frontend, attrs) = build
+        .trail
+        .request()
+        .unwrap_or((request.frontend.clone(), request.frontend_attrs.clone()));
     let (begun, ended) = (rfc3339(started), rfc3339(SystemTime::now()));
     let invocation = crate::random_id();
     let empty = Graph::default();
@@ -57,7 +63,10 @@ pub fn statements(
             invocation: &invocation,
             times: (&begun, &ended),
         };
-        out.recorded.push((platform.id.clone(), provenance::predicate(&capture, &Options::default())));
+        out.recorded.push((
+            platform.id.clone(),
+            provenance::predicate(&capture, &Options::default()),
+        ));
         if let Some(options) = &wanted {
             let metadata = [
                 ("reason".to_owned(), "provenance".to_owned()),
@@ -86,7 +95,9 @@ fn graph<'a>(result: &'a BuildResult, platform: &str) -> Option<&'a Graph> {
 }
 
 fn rfc3339(time: SystemTime) -> String {
-    jiff::Timestamp::try_from(time).map(|t| t.to_string()).unwrap_or_default()
+    jiff::Timestamp::try_from(time)
+        .map(|t| t.to_string())
+        .unwrap_or_default()
 }
 
 /// What the attributes ask for: `attest:<type>`, or the older build argument. A value that disables is not sent.
@@ -114,7 +125,11 @@ fn wanted(attrs: &BTreeMap<String, String>) -> Result<Option<Options>, WireError
     Ok(out)
 }
 
-type Recorded = (Option<BuildResultInfo>, BTreeMap<String, BuildResultInfo>, Vec<(Descriptor, HistoryBlob)>);
+type Recorded = (
+    Option<BuildResultInfo>,
+    BTreeMap<String, BuildResultInfo>,
+    Vec<(Descriptor, HistoryBlob)>,
+);
 
 /// What the build record says about results, and the blobs it keeps for that.
 pub fn history(statements: &Statements, exported: &Exported) -> Recorded {
@@ -124,7 +139,10 @@ pub fn history(statements: &Statements, exported: &Exported) -> Recorded {
         let annotations = BTreeMap::from([(PREDICATE_TYPE.to_owned(), SLSA_V1.to_owned())]);
         let blob = descriptor(IN_TOTO, Digest::of(predicate), predicate.len() as u64, annotations);
         blobs.push((blob.clone(), HistoryBlob::Bytes(predicate.clone())));
-        let info = BuildResultInfo { attestations: vec![blob], ..Default::default() };
+        let info = BuildResultInfo {
+            attestations: vec![blob],
+            ..Default::default()
+        };
         infos.push((platform.clone(), info));
     }
     for kept in &exported.kept {
@@ -132,7 +150,10 @@ pub fn history(statements: &Statements, exported: &Exported) -> Recorded {
     }
     let results = exported.results.clone();
     if statements.is_map {
-        let mut top = BuildResultInfo { results, ..Default::default() };
+        let mut top = BuildResultInfo {
+            results,
+            ..Default::default()
+        };
         top.result_deprecated = top.results.values().next().cloned();
         return (Some(top), infos.into_iter().collect(), blobs);
     }
@@ -151,8 +172,15 @@ mod tests {
         let attrs = |k: &str, v: &str| BTreeMap::from([(k.to_owned(), v.to_owned())]);
         assert!(wanted(&BTreeMap::new()).unwrap().is_none());
         assert!(wanted(&attrs("attest:provenance", "mode=min")).unwrap().is_some());
-        assert!(wanted(&attrs("build-arg:BUILDKIT_ATTEST_PROVENANCE", "")).unwrap().is_some());
-        assert_eq!(wanted(&attrs("attest:foo", "")).unwrap_err().message, "unknown attestation type \"foo\"");
+        assert!(
+            wanted(&attrs("build-arg:BUILDKIT_ATTEST_PROVENANCE", ""))
+                .unwrap()
+                .is_some()
+        );
+        assert_eq!(
+            wanted(&attrs("attest:foo", "")).unwrap_err().message,
+            "unknown attestation type \"foo\""
+        );
         assert!(wanted(&attrs("attest:provenance", "mode=x")).is_err());
     }
 }

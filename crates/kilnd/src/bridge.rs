@@ -21,9 +21,7 @@ use tonic::Code;
 use crate::Daemon;
 use crate::builds::{Build, BuildRef, BuildResult};
 use crate::gateway::wire_error;
-use crate::status::{
-    WireError, exit_detail, frontend_cap_detail, source_detail, subrequest_detail, vertex_detail,
-};
+use crate::status::{WireError, exit_detail, frontend_cap_detail, source_detail, subrequest_detail, vertex_detail};
 
 /// A build as a frontend sees it.
 #[derive(Clone)]
@@ -65,7 +63,10 @@ impl BuildBridge {
         if graph.root().is_none() {
             return Ok(None);
         }
-        Ok(Some(BuildRef { definition: Arc::new(definition), graph }))
+        Ok(Some(BuildRef {
+            definition: Arc::new(definition),
+            graph,
+        }))
     }
 
     fn locate(&self, mut error: WireError, definition: &Definition, vertex: &VertexDigest) -> WireError {
@@ -105,7 +106,10 @@ impl BuildBridge {
     ) -> Result<T, E> {
         // The same name is the same line.
         let digest = VertexDigest(Digest::of(format!("{}:{name}", self.build.reference)));
-        let reporter = self.build.progress.vertex(VertexProgress::new(digest, name, Vec::new()));
+        let reporter = self
+            .build
+            .progress
+            .vertex(VertexProgress::new(digest, name, Vec::new()));
         let result = work(&reporter).await;
         reporter.complete(result.as_ref().err().map(ToString::to_string));
         result
@@ -118,16 +122,26 @@ impl BuildBridge {
         log_name: &str,
         return_object: bool,
     ) -> Result<pb::ResolveSourceMetaResponse, BridgeError> {
-        let name = if log_name.is_empty() { format!("resolve {}", spec.identifier) } else { log_name.to_owned() };
+        let name = if log_name.is_empty() {
+            format!("resolve {}", spec.identifier)
+        } else {
+            log_name.to_owned()
+        };
         let meta = self
             .shown(&name, async |reporter| {
                 let client = &self.build.client;
-                self.daemon.worker().resolve_remote(client, &spec.identifier, &spec.attrs, return_object, reporter).await
+                self.daemon
+                    .worker()
+                    .resolve_remote(client, &spec.identifier, &spec.attrs, return_object, reporter)
+                    .await
             })
             .await
             .map_err(bridge_error)?;
         let mut response = pb::ResolveSourceMetaResponse {
-            source: Some(kiln_proto::llb::SourceOp { identifier: spec.identifier, attrs: spec.attrs }),
+            source: Some(kiln_proto::llb::SourceOp {
+                identifier: spec.identifier,
+                attrs: spec.attrs,
+            }),
             ..Default::default()
         };
         match meta {
@@ -155,13 +169,24 @@ impl BuildBridge {
 
     /// A warning as a client sends it.
     pub fn warn_from_client(&self, request: pb::WarnRequest) -> Result<(), WireError> {
-        let vertex = request.digest.parse().map_err(|e| WireError::invalid(format!("invalid vertex: {e}")))?;
+        let vertex = request
+            .digest
+            .parse()
+            .map_err(|e| WireError::invalid(format!("invalid vertex: {e}")))?;
         let text = |b: &Bytes| String::from_utf8_lossy(b).into_owned();
         let range = |r: &kiln_proto::llb::Range| {
             let at = |p: &Option<kiln_proto::llb::Position>| {
-                p.as_ref().map(|p| SourcePosition { line: p.line, character: p.character }).unwrap_or_default()
+                p.as_ref()
+                    .map(|p| SourcePosition {
+                        line: p.line,
+                        character: p.character,
+                    })
+                    .unwrap_or_default()
             };
-            SourceRange { start: at(&r.start), end: at(&r.end) }
+            SourceRange {
+                start: at(&r.start),
+                end: at(&r.end),
+            }
         };
         self.build.progress.warn(kiln_solver::progress::Warning {
             vertex: Some(vertex),
@@ -203,13 +228,27 @@ impl BuildBridge {
                 // Served by the built-in frontend, which must not forward to itself again.
                 attrs.entry("cmdline".to_owned()).or_insert(source);
             }
-            other => return Err(WireError::new(Code::Unknown, format!("no frontend named {other} found"))),
+            other => {
+                return Err(WireError::new(
+                    Code::Unknown,
+                    format!("no frontend named {other} found"),
+                ));
+            }
         }
         if !self.daemon.config.dockerfile_frontend {
-            return Err(WireError::new(Code::Unknown, "the frontend dockerfile.v0 is disabled by configuration"));
+            return Err(WireError::new(
+                Code::Unknown,
+                "the frontend dockerfile.v0 is disabled by configuration",
+            ));
         }
-        let bridge = Self { inputs: Arc::new(request.frontend_inputs.clone()), ..self.clone() };
-        DockerfileFrontend::default().run(&bridge, &attrs).await.map_err(|e| frontend_error(&e))
+        let bridge = Self {
+            inputs: Arc::new(request.frontend_inputs.clone()),
+            ..self.clone()
+        };
+        DockerfileFrontend::default()
+            .run(&bridge, &attrs)
+            .await
+            .map_err(|e| frontend_error(&e))
     }
 }
 
@@ -217,7 +256,10 @@ impl BuildBridge {
 /// Docker Hub's host before them.
 fn is_official_dockerfile(source: &str) -> bool {
     let name = source.split_once('@').map_or(source, |(name, _)| name);
-    let name = name.strip_prefix("docker.io/").or_else(|| name.strip_prefix("index.docker.io/")).unwrap_or(name);
+    let name = name
+        .strip_prefix("docker.io/")
+        .or_else(|| name.strip_prefix("index.docker.io/"))
+        .unwrap_or(name);
     let name = name.split_once(':').map_or(name, |(name, _)| name);
     matches!(name, "docker/dockerfile" | "docker/dockerfile-upstream")
 }
@@ -241,7 +283,10 @@ fn frontend_error(error: &FrontendError) -> WireError {
     match error {
         FrontendError::Dockerfile { error, file } => {
             let mut wire = match error.cause() {
-                Some(cause) => WireError { message: error.message().to_owned(), ..wire_error(cause) },
+                Some(cause) => WireError {
+                    message: error.message().to_owned(),
+                    ..wire_error(cause)
+                },
                 None => WireError::new(Code::Unknown, error.message()),
             };
             if let Some(file) = file {
@@ -263,7 +308,10 @@ fn frontend_error(error: &FrontendError) -> WireError {
 fn ranges(span: &kiln_frontend::dockerfile::span::Span) -> Vec<SourceRange> {
     span.iter()
         .map(|line| {
-            let at = SourcePosition { line: i32::try_from(line).unwrap_or(i32::MAX), character: 0 };
+            let at = SourcePosition {
+                line: i32::try_from(line).unwrap_or(i32::MAX),
+                character: 0,
+            };
             SourceRange { start: at, end: at }
         })
         .collect()
@@ -284,7 +332,9 @@ fn from_wire(error: WireError) -> BridgeError {
         Code::NotFound => BridgeErrorKind::NotFound,
         _ => BridgeErrorKind::Other,
     };
-    BridgeError::new(error.message.clone()).with_kind(kind).with_source(error)
+    BridgeError::new(error.message.clone())
+        .with_kind(kind)
+        .with_source(error)
 }
 
 fn not_found(path: &str) -> BridgeError {
@@ -300,7 +350,10 @@ impl Bridge for BuildBridge {
         Ok(BridgeInfo {
             frontend_caps: ids(kiln_llb::caps::FRONTEND_CAPS),
             llb_caps: ids(kiln_llb::caps::LLB_CAPS),
-            workers: vec![WorkerInfo { id: self.daemon.worker_id.clone(), platforms: self.daemon.platforms.clone() }],
+            workers: vec![WorkerInfo {
+                id: self.daemon.worker_id.clone(),
+                platforms: self.daemon.platforms.clone(),
+            }],
             session_id: self.build.session.as_str().to_owned(),
         })
     }
@@ -311,7 +364,10 @@ impl Bridge for BuildBridge {
                 Some(definition) => self.load(definition).map_err(from_wire)?,
                 None => None,
             };
-            FrontendResult { refs: ResultRefs::Single(reference), ..Default::default() }
+            FrontendResult {
+                refs: ResultRefs::Single(reference),
+                ..Default::default()
+            }
         } else {
             self.frontend(&request).await.map_err(from_wire)?
         };
@@ -327,9 +383,15 @@ impl Bridge for BuildBridge {
         path: &str,
         range: Option<(u64, u64)>,
     ) -> Result<Bytes, BridgeError> {
-        let Some(reference) = reference else { return Err(not_found(path)) };
+        let Some(reference) = reference else {
+            return Err(not_found(path));
+        };
         let value = self.evaluate(reference).await.map_err(from_wire)?;
-        self.daemon.worker().read_file(&self.build.client, &value, path, range).await.map_err(bridge_error)
+        self.daemon
+            .worker()
+            .read_file(&self.build.client, &value, path, range)
+            .await
+            .map_err(bridge_error)
     }
 
     async fn read_dir(
@@ -338,15 +400,24 @@ impl Bridge for BuildBridge {
         path: &str,
         include: Option<&str>,
     ) -> Result<Vec<FileStat>, BridgeError> {
-        let Some(reference) = reference else { return Err(not_found(path)) };
+        let Some(reference) = reference else {
+            return Err(not_found(path));
+        };
         let value = self.evaluate(reference).await.map_err(from_wire)?;
         let client = &self.build.client;
-        let entries = self.daemon.worker().read_dir(client, &value, path, include).await.map_err(bridge_error)?;
+        let entries = self
+            .daemon
+            .worker()
+            .read_dir(client, &value, path, include)
+            .await
+            .map_err(bridge_error)?;
         Ok(entries.into_iter().map(file_stat).collect())
     }
 
     async fn stat_file(&self, reference: Option<&BuildRef>, path: &str) -> Result<FileStat, BridgeError> {
-        let Some(reference) = reference else { return Err(not_found(path)) };
+        let Some(reference) = reference else {
+            return Err(not_found(path));
+        };
         let value = self.evaluate(reference).await.map_err(from_wire)?;
         let found = self.daemon.worker().stat_file(&self.build.client, &value, path).await;
         found.map(file_stat).map_err(bridge_error)
@@ -367,11 +438,16 @@ impl Bridge for BuildBridge {
             .trail
             .image(reference, &options, async || {
                 self.shown(&name, async |reporter| {
-                    let store = options.store.as_ref().map(|s| (s.session_id.as_str(), s.store_id.as_str()));
+                    let store = options
+                        .store
+                        .as_ref()
+                        .map(|s| (s.session_id.as_str(), s.store_id.as_str()));
                     let platform: Option<&Platform> = options.platform.as_ref();
                     let client = &self.build.client;
                     let worker = self.daemon.worker();
-                    worker.resolve_image(client, reference, platform, &options.resolve_mode, store, reporter).await
+                    worker
+                        .resolve_image(client, reference, platform, &options.resolve_mode, store, reporter)
+                        .await
                 })
                 .await
             })
@@ -392,7 +468,10 @@ impl Bridge for BuildBridge {
     ) -> Result<SourceMeta, BridgeError> {
         let response = self.resolve_remote(source, log_name, return_object).await?;
         Ok(SourceMeta {
-            source: response.source.map(|s| SourceSpec { identifier: s.identifier, attrs: s.attrs }),
+            source: response.source.map(|s| SourceSpec {
+                identifier: s.identifier,
+                attrs: s.attrs,
+            }),
             git_commit_object: response.git.map(|g| g.commit_object).filter(|b| !b.is_empty()),
             http_last_modified: response.http.and_then(|h| h.last_modified).map(|t| t.seconds),
         })
@@ -457,7 +536,12 @@ mod tests {
         ] {
             assert!(is_official_dockerfile(yes), "{yes}");
         }
-        for no in ["docker/dockerfile2", "example.com/docker/dockerfile", "me/dockerfile:1", ""] {
+        for no in [
+            "docker/dockerfile2",
+            "example.com/docker/dockerfile",
+            "me/dockerfile:1",
+            "",
+        ] {
             assert!(!is_official_dockerfile(no), "{no}");
         }
     }

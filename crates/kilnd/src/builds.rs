@@ -98,7 +98,16 @@ pub struct NewBuild {
 impl Build {
     /// A build that nothing has happened to.
     pub fn new(new: NewBuild) -> Arc<Self> {
-        let NewBuild { reference, job, spool, counter, session, attrs, inputs, entitlements } = new;
+        let NewBuild {
+            reference,
+            job,
+            spool,
+            counter,
+            session,
+            attrs,
+            inputs,
+            entitlements,
+        } = new;
         Arc::new(Self {
             reference,
             progress: Arc::clone(job.progress()),
@@ -149,7 +158,11 @@ impl Build {
             }
             first
         });
-        if first { Ok(()) } else { Err(WireError::new(tonic::Code::Unknown, "gateway result is already set")) }
+        if first {
+            Ok(())
+        } else {
+            Err(WireError::new(tonic::Code::Unknown, "gateway result is already set"))
+        }
     }
 
     /// Waits for [`Build::set_returned`].
@@ -184,7 +197,10 @@ struct Inner {
 
 impl Default for Inner {
     fn default() -> Self {
-        Self { builds: Mutex::default(), changed: watch::Sender::new(0) }
+        Self {
+            builds: Mutex::default(),
+            changed: watch::Sender::new(0),
+        }
     }
 }
 
@@ -229,7 +245,10 @@ impl Builds {
             builds.insert(build.reference.clone(), Arc::clone(&build));
         }
         self.0.changed.send_modify(|n| *n += 1);
-        Ok(Registered { builds: self.clone(), build })
+        Ok(Registered {
+            builds: self.clone(),
+            build,
+        })
     }
 
     /// The build of this id, if it is known.
@@ -253,7 +272,10 @@ impl Builds {
         .await;
         match found {
             Ok(Some(build)) => Ok(build),
-            _ => Err(WireError::new(tonic::Code::NotFound, format!("no such job {reference}"))),
+            _ => Err(WireError::new(
+                tonic::Code::NotFound,
+                format!("no such job {reference}"),
+            )),
         }
     }
 

@@ -26,10 +26,14 @@ const CHUNK: usize = 1 << 20;
 impl Blobs {
     fn open(&self, digest: &str) -> Result<BlobReader, Status> {
         let digest: Digest = digest.parse().map_err(|e| Status::invalid_argument(format!("{e}")))?;
-        self.0.store().content(&Tenant::default()).open(&digest).map_err(|e| match e {
-            StoreError::NotFound { .. } => Status::not_found(format!("content {digest}: not found")),
-            other => Status::internal(other.to_string()),
-        })
+        self.0
+            .store()
+            .content(&Tenant::default())
+            .open(&digest)
+            .map_err(|e| match e {
+                StoreError::NotFound { .. } => Status::not_found(format!("content {digest}: not found")),
+                other => Status::internal(other.to_string()),
+            })
     }
 }
 
@@ -47,7 +51,13 @@ impl Content for Blobs {
         // Clients look at nothing but the size; blobs never change, so one time is as good as another.
         let time = Some(timestamp(SystemTime::UNIX_EPOCH));
         let size = i64::try_from(blob.size()).unwrap_or(i64::MAX);
-        let info = pb::Info { digest, size, created_at: time, updated_at: time, ..Default::default() };
+        let info = pb::Info {
+            digest,
+            size,
+            created_at: time,
+            updated_at: time,
+            ..Default::default()
+        };
         Ok(Response::new(pb::InfoResponse { info: Some(info) }))
     }
 
@@ -60,9 +70,15 @@ impl Content for Blobs {
         let start = u64::try_from(request.offset).map_err(|_| Status::out_of_range("negative offset"))?;
         let size = u64::try_from(request.size).map_err(|_| Status::out_of_range("negative size"))?;
         if start > len {
-            return Err(Status::out_of_range(format!("offset {start} is behind the end at {len}")));
+            return Err(Status::out_of_range(format!(
+                "offset {start} is behind the end at {len}"
+            )));
         }
-        let end = if size == 0 { len } else { len.min(start.saturating_add(size)) };
+        let end = if size == 0 {
+            len
+        } else {
+            len.min(start.saturating_add(size))
+        };
         let file = Arc::new(file);
         Ok(Response::new(Box::pin(async_stream::try_stream! {
             let mut at = start;

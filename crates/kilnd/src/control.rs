@@ -8,9 +8,9 @@ use std::time::SystemTime;
 use futures::{Stream, StreamExt as _};
 use kiln_proto::control::control_server::Control;
 use kiln_proto::control::{
-    BuildHistoryEvent, BuildHistoryRequest, BytesMessage, DiskUsageRequest, DiskUsageResponse, InfoRequest, InfoResponse,
-    ListWorkersRequest, ListWorkersResponse, PruneRequest, SolveRequest, SolveResponse, StatusRequest, StatusResponse,
-    UpdateBuildHistoryRequest, UpdateBuildHistoryResponse, UsageRecord,
+    BuildHistoryEvent, BuildHistoryRequest, BytesMessage, DiskUsageRequest, DiskUsageResponse, InfoRequest,
+    InfoResponse, ListWorkersRequest, ListWorkersResponse, PruneRequest, SolveRequest, SolveResponse, StatusRequest,
+    StatusResponse, UpdateBuildHistoryRequest, UpdateBuildHistoryResponse, UsageRecord,
 };
 use kiln_proto::worker::WorkerRecord;
 use kiln_session::session::SessionInfo;
@@ -34,7 +34,9 @@ type BoxStream<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 /// Response headers that clients read before the first message: our clock, by which they tell how long a build runs.
 fn with_clock<T>(stream: BoxStream<T>) -> Response<BoxStream<T>> {
     let mut response = Response::new(stream);
-    let now = jiff::Timestamp::try_from(SystemTime::now()).map(|t| t.to_string()).unwrap_or_default();
+    let now = jiff::Timestamp::try_from(SystemTime::now())
+        .map(|t| t.to_string())
+        .unwrap_or_default();
     if let Ok(value) = MetadataValue::try_from(now) {
         response.metadata_mut().insert("buildkit-current-timestamp", value);
     }
@@ -69,7 +71,9 @@ impl Control for Front {
     async fn status(&self, request: Request<StatusRequest>) -> Result<Response<Self::StatusStream>, Status> {
         let reference = request.into_inner().r#ref;
         if let Some(build) = self.0.builds.get(&reference) {
-            return Ok(with_clock(Box::pin(build.spool.follow().map(|m| m.map_err(|e| io_status(&e))))));
+            return Ok(with_clock(Box::pin(
+                build.spool.follow().map(|m| m.map_err(|e| io_status(&e))),
+            )));
         }
         if let Some(logs) = self.0.history.get(&reference).and_then(|r| r.logs) {
             let content = self.0.store().content(&Tenant::default());
@@ -98,7 +102,9 @@ impl Control for Front {
     ) -> Result<Response<Self::SessionStream>, Status> {
         let headers = request.metadata().clone().into_headers();
         let info = SessionInfo::from_headers(&headers).map_err(|e| Status::invalid_argument(e.to_string()))?;
-        let inbound = request.into_inner().map(|m| m.map(|m| m.data).map_err(io::Error::other));
+        let inbound = request
+            .into_inner()
+            .map(|m| m.map(|m| m.data).map_err(io::Error::other));
         let outbound = self.0.sessions.accept(info, inbound);
         Ok(Response::new(Box::pin(outbound.map(|data| Ok(BytesMessage { data })))))
     }
@@ -111,12 +117,18 @@ impl Control for Front {
             Filter::parse(&request.into_inner().filter).map_err(|e| Status::invalid_argument(e.to_string()))?;
         let record = self.0.worker_record();
         let fields = |path: &str| worker_field(&record, path);
-        let record = if filter.matches(&fields) { vec![record] } else { Vec::new() };
+        let record = if filter.matches(&fields) {
+            vec![record]
+        } else {
+            Vec::new()
+        };
         Ok(Response::new(ListWorkersResponse { record }))
     }
 
     async fn info(&self, _request: Request<InfoRequest>) -> Result<Response<InfoResponse>, Status> {
-        Ok(Response::new(InfoResponse { buildkit_version: Some(crate::version()) }))
+        Ok(Response::new(InfoResponse {
+            buildkit_version: Some(crate::version()),
+        }))
     }
 
     type ListenBuildHistoryStream = BoxStream<BuildHistoryEvent>;
@@ -153,7 +165,9 @@ impl Control for Front {
 fn worker_field(record: &WorkerRecord, path: &str) -> Option<String> {
     match path {
         "id" => Some(record.id.clone()),
-        _ => path.strip_prefix("labels.").and_then(|label| record.labels.get(label).cloned()),
+        _ => path
+            .strip_prefix("labels.")
+            .and_then(|label| record.labels.get(label).cloned()),
     }
 }
 
@@ -163,6 +177,9 @@ pub async fn blocking<T: Send + 'static>(
 ) -> Result<T, WireError> {
     match tokio::task::spawn_blocking(work).await {
         Ok(result) => result,
-        Err(error) => Err(WireError::new(tonic::Code::Internal, format!("a task of the daemon died: {error}"))),
+        Err(error) => Err(WireError::new(
+            tonic::Code::Internal,
+            format!("a task of the daemon died: {error}"),
+        )),
     }
 }

@@ -40,9 +40,14 @@ impl CredentialSource for SessionCredentials {
     }
 
     async fn credentials(&self, host: &str) -> Result<Credentials, CredentialError> {
-        let Some(session) = self.session().await else { return Ok(Credentials::default()) };
+        let Some(session) = self.session().await else {
+            return Ok(Credentials::default());
+        };
         match session.credentials(host).await {
-            Ok(found) => Ok(Credentials { username: found.username, secret: found.secret }),
+            Ok(found) => Ok(Credentials {
+                username: found.username,
+                secret: found.secret,
+            }),
             // A client without the service has no credentials.
             Err(e) if e.kind() == SessionErrorKind::Unsupported => Ok(Credentials::default()),
             Err(e) => Err(Box::new(e)),
@@ -50,7 +55,9 @@ impl CredentialSource for SessionCredentials {
     }
 
     async fn fetch_token(&self, request: &TokenRequest) -> Result<Option<Token>, CredentialError> {
-        let Some(session) = self.session().await else { return Ok(None) };
+        let Some(session) = self.session().await else {
+            return Ok(None);
+        };
         let mut salt = [0u8; 32];
         rand::rng().fill_bytes(&mut salt);
         match session.token_authority(&request.host, &salt).await {

@@ -94,10 +94,25 @@ pub struct Parts {
 impl Daemon {
     /// Joins the rooms. Blocking.
     pub fn new(parts: Parts) -> Result<Arc<Self>, StartError> {
-        let Parts { config, store, sessions, registry, worker, executor, platforms, snapshotter } = parts;
-        let limits = Limits { age: config.history_age, entries: config.history_entries };
+        let Parts {
+            config,
+            store,
+            sessions,
+            registry,
+            worker,
+            executor,
+            platforms,
+            snapshotter,
+        } = parts;
+        let limits = Limits {
+            age: config.history_age,
+            entries: config.history_entries,
+        };
         let history = History::new(&store, limits);
-        let io = |source| StartError::Io { action: "prepare the state directory", source };
+        let io = |source| StartError::Io {
+            action: "prepare the state directory",
+            source,
+        };
         // Progress of builds that a killed daemon left behind is of no use.
         let progress_dir = config.root.join("active/progress");
         match std::fs::remove_dir_all(&progress_dir) {
@@ -108,7 +123,11 @@ impl Daemon {
         std::fs::create_dir_all(&progress_dir).map_err(io)?;
         let spool = Arc::new(DirSpool::new(progress_dir.clone()));
         let cache = kiln_worker::StoreCache::new(Arc::clone(&store));
-        let options = SolverOptions { max_parallelism: config.max_parallelism, spool, ..SolverOptions::default() };
+        let options = SolverOptions {
+            max_parallelism: config.max_parallelism,
+            spool,
+            ..SolverOptions::default()
+        };
         let solver = Solver::new(worker, Arc::new(cache), options);
         let worker_id = worker_id(&config).map_err(io)?;
         let collector = crate::usage::Collector::new(&config, &store)?;
@@ -170,7 +189,14 @@ impl Daemon {
         label("executor", "oci");
         label("snapshotter", &self.snapshotter);
         label("hostname", &hostname());
-        label("network", if self.config.network == "auto" { "host" } else { &self.config.network });
+        label(
+            "network",
+            if self.config.network == "auto" {
+                "host"
+            } else {
+                &self.config.network
+            },
+        );
         label("oci.process-mode", "sandbox");
         label("selinux.enabled", "false");
         labels.extend(self.config.labels.clone());

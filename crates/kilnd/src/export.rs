@@ -43,35 +43,40 @@ pub struct Exported {
 
 /// Refuses an exporter that does not exist or has bad attributes, before anything is built.
 pub fn check(exporter: &WireExporter) -> Result<(), WireError> {
-    Exporter::new(&exporter.r#type, &exporter.attrs).map(drop).map_err(|e| export_error(&e))
+    Exporter::new(&exporter.r#type, &exporter.attrs)
+        .map(drop)
+        .map_err(|e| export_error(&e))
 }
 
 /// The result in the exporters' terms, without statements of the daemon.
-pub async fn result(
-    bridge: &BuildBridge,
-    result: &BuildResult,
-    values: Vec<Ref>,
-) -> Result<ExportResult, WireError> {
+pub async fn result(bridge: &BuildBridge, result: &BuildResult, values: Vec<Ref>) -> Result<ExportResult, WireError> {
     let refs = match &result.refs {
         ResultRefs::Single(_) => Refs::Single(values.into_iter().next().flatten()),
-        ResultRefs::ByPlatform(refs) => {
-            Refs::ByPlatform(refs.iter().map(|(id, _)| id.clone()).zip(values).collect())
-        }
+        ResultRefs::ByPlatform(refs) => Refs::ByPlatform(refs.iter().map(|(id, _)| id.clone()).zip(values).collect()),
     };
     let mut attestations: BTreeMap<String, Vec<kiln_exporter::Attestation>> = BTreeMap::new();
     for (platform, list) in &result.attestations {
         for a in list {
             let Some(reference) = &a.reference else { continue };
-            let Some(layer) = bridge.evaluate(reference).await? else { continue };
+            let Some(layer) = bridge.evaluate(reference).await? else {
+                continue;
+            };
             let text = |(k, v): (&String, &bytes::Bytes)| (k.clone(), String::from_utf8_lossy(v).into_owned());
-            attestations.entry(platform.clone()).or_default().push(kiln_exporter::Attestation {
-                kind: if a.bundle { AttestationKind::Bundle } else { AttestationKind::InToto },
-                content: AttestationContent::Layer(layer),
-                path: a.path.clone(),
-                predicate_type: a.predicate_type.clone(),
-                subjects: Vec::new(),
-                metadata: a.metadata.iter().map(text).collect(),
-            });
+            attestations
+                .entry(platform.clone())
+                .or_default()
+                .push(kiln_exporter::Attestation {
+                    kind: if a.bundle {
+                        AttestationKind::Bundle
+                    } else {
+                        AttestationKind::InToto
+                    },
+                    content: AttestationContent::Layer(layer),
+                    path: a.path.clone(),
+                    predicate_type: a.predicate_type.clone(),
+                    subjects: Vec::new(),
+                    metadata: a.metadata.iter().map(text).collect(),
+                });
         }
     }
     Ok(ExportResult {
@@ -96,7 +101,11 @@ pub async fn run(
     statements: &Statements,
 ) -> Result<Exported, WireError> {
     for (platform, attestation) in &statements.attached {
-        result.attestations.entry(platform.clone()).or_default().push(attestation.clone());
+        result
+            .attestations
+            .entry(platform.clone())
+            .or_default()
+            .push(attestation.clone());
     }
     let session = session(daemon, build, request).await;
     let exports = request.exporters.iter().enumerate().map(|(index, exporter)| {
@@ -108,7 +117,8 @@ pub async fn run(
     futures::future::try_join_all(finished.iter().map(Finished::push)).await?;
     let mut out = Exported::default();
     for metadata in result.metadata.iter().filter(|(k, _)| k.starts_with("frontend.")) {
-        out.response.insert(metadata.0.clone(), String::from_utf8_lossy(metadata.1).into_owned());
+        out.response
+            .insert(metadata.0.clone(), String::from_utf8_lossy(metadata.1).into_owned());
     }
     for (index, finished) in finished.into_iter().enumerate() {
         out.response.extend(finished.exported.response.clone());
@@ -118,7 +128,8 @@ pub async fn run(
         }
         for lease in &finished.exported.leases {
             let kept = lease.descriptor();
-            out.kept.push(descriptor(&kept.media_type, kept.digest, kept.size, BTreeMap::new()));
+            out.kept
+                .push(descriptor(&kept.media_type, kept.digest, kept.size, BTreeMap::new()));
         }
     }
     Ok(out)
@@ -171,7 +182,10 @@ async fn one(
     };
     let exported = exporter.export(result, &request).await.map_err(|e| export_error(&e));
     reporter.complete(exported.as_ref().err().map(|e| e.message.clone()));
-    Ok(Finished { exported: exported?, reporter })
+    Ok(Finished {
+        exported: exported?,
+        reporter,
+    })
 }
 
 /// Shows an exporter's statuses under its vertex.
@@ -182,7 +196,10 @@ struct Statuses {
 
 impl Statuses {
     fn new(reporter: Reporter) -> Self {
-        Self { reporter, open: Mutex::default() }
+        Self {
+            reporter,
+            open: Mutex::default(),
+        }
     }
 }
 
@@ -190,7 +207,9 @@ impl ExportProgress for Statuses {
     fn status(&self, update: StatusUpdate) {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         let id = update.id.clone();
-        let handle = open.entry(id.clone()).or_insert_with(|| self.reporter.status(id.as_str()));
+        let handle = open
+            .entry(id.clone())
+            .or_insert_with(|| self.reporter.status(id.as_str()));
         let number = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
         if update.current > 0 || update.total > 0 {
             handle.set(number(update.current), number(update.total));

@@ -33,7 +33,9 @@ impl Gateway {
     async fn bridge<T>(&self, request: &Request<T>) -> Result<BuildBridge, Status> {
         let mut ids = request.metadata().get_all(BUILD_ID).iter();
         let id = match (ids.next(), ids.next()) {
-            (Some(id), None) => id.to_str().map_err(|_| Status::invalid_argument("build id is not text"))?,
+            (Some(id), None) => id
+                .to_str()
+                .map_err(|_| Status::invalid_argument("build id is not text"))?,
             _ => return Err(Status::invalid_argument(format!("exactly one {BUILD_ID} is needed"))),
         };
         let build = self.0.builds.wait(id, WAIT_FOR_BUILD).await?;
@@ -42,13 +44,18 @@ impl Gateway {
 }
 
 fn lookup(build: &Build, id: &str) -> Result<BuildRef, WireError> {
-    build.lookup(id).ok_or_else(|| WireError::new(Code::Unknown, format!("no such ref: {id}")))
+    build
+        .lookup(id)
+        .ok_or_else(|| WireError::new(Code::Unknown, format!("no such ref: {id}")))
 }
 
 /// The daemon's own error that a bridge error carries, or one made from its text.
 pub fn wire_error(error: &BridgeError) -> WireError {
     if let Some(wire) = error.source.as_ref().and_then(|s| s.downcast_ref::<WireError>()) {
-        return WireError { message: error.message.clone(), ..wire.clone() };
+        return WireError {
+            message: error.message.clone(),
+            ..wire.clone()
+        };
     }
     let code = match error.kind {
         BridgeErrorKind::NotFound => Code::NotFound,
@@ -67,7 +74,13 @@ fn invalid(error: impl std::fmt::Display) -> Status {
 }
 
 fn api_caps(ids: &[&str]) -> Vec<caps::ApiCap> {
-    ids.iter().map(|id| caps::ApiCap { id: (*id).to_owned(), enabled: true, ..Default::default() }).collect()
+    ids.iter()
+        .map(|id| caps::ApiCap {
+            id: (*id).to_owned(),
+            enabled: true,
+            ..Default::default()
+        })
+        .collect()
 }
 
 type ExecStream = Pin<Box<dyn Stream<Item = Result<pb::ExecMessage, Status>> + Send>>;
@@ -87,7 +100,12 @@ impl LlbBridge for Gateway {
         let bridge = self.bridge(&request).await?;
         let request = request.into_inner();
         let solve = SolveRequest {
-            definition: request.definition.as_ref().map(definition_from_proto).transpose().map_err(invalid)?,
+            definition: request
+                .definition
+                .as_ref()
+                .map(definition_from_proto)
+                .transpose()
+                .map_err(invalid)?,
             frontend: request.frontend,
             frontend_attrs: request.frontend_opt,
             frontend_inputs: request
@@ -98,7 +116,10 @@ impl LlbBridge for Gateway {
             cache_imports: request
                 .cache_imports
                 .into_iter()
-                .map(|c| CacheImport { kind: c.r#type, attrs: c.attrs })
+                .map(|c| CacheImport {
+                    kind: c.r#type,
+                    attrs: c.attrs,
+                })
                 .collect(),
             evaluate: request.evaluate,
         };
@@ -115,15 +136,20 @@ impl LlbBridge for Gateway {
     ) -> Result<Response<pb::ResolveImageConfigResponse>, Status> {
         let bridge = self.bridge(&request).await?;
         let request = request.into_inner();
-        let store = (request.resolver_type == 1)
-            .then(|| OciStore { session_id: request.session_id.clone(), store_id: request.store_id.clone() });
+        let store = (request.resolver_type == 1).then(|| OciStore {
+            session_id: request.session_id.clone(),
+            store_id: request.store_id.clone(),
+        });
         let options = ResolveImageOptions {
             log_name: request.log_name,
             platform: request.platform.as_ref().map(platform_from_proto),
             resolve_mode: request.resolve_mode,
             store,
         };
-        let image = bridge.resolve_image_config(&request.r#ref, options).await.map_err(status)?;
+        let image = bridge
+            .resolve_image_config(&request.r#ref, options)
+            .await
+            .map_err(status)?;
         Ok(Response::new(pb::ResolveImageConfigResponse {
             digest: image.digest,
             config: image.config,
@@ -138,7 +164,10 @@ impl LlbBridge for Gateway {
         let bridge = self.bridge(&request).await?;
         let request = request.into_inner();
         let source = request.source.ok_or_else(|| invalid("source is missing"))?;
-        let spec = SourceSpec { identifier: source.identifier, attrs: source.attrs };
+        let spec = SourceSpec {
+            identifier: source.identifier,
+            attrs: source.attrs,
+        };
         if let Some(reference) = spec.identifier.strip_prefix("docker-image://") {
             let options = ResolveImageOptions {
                 log_name: request.log_name,
@@ -174,7 +203,10 @@ impl LlbBridge for Gateway {
             };
             let image = bridge.resolve_image_config(reference, options).await.map_err(status)?;
             return Ok(Response::new(pb::ResolveSourceMetaResponse {
-                source: Some(kiln_proto::llb::SourceOp { identifier: spec.identifier, attrs: spec.attrs }),
+                source: Some(kiln_proto::llb::SourceOp {
+                    identifier: spec.identifier,
+                    attrs: spec.attrs,
+                }),
                 image: Some(pb::ResolveSourceImageResponse {
                     digest: image.digest,
                     config: image.config,
@@ -184,7 +216,10 @@ impl LlbBridge for Gateway {
             }));
         }
         let return_object = request.git.is_some_and(|g| g.return_object);
-        let response = bridge.resolve_remote(spec, &request.log_name, return_object).await.map_err(status)?;
+        let response = bridge
+            .resolve_remote(spec, &request.log_name, return_object)
+            .await
+            .map_err(status)?;
         Ok(Response::new(response))
     }
 
@@ -199,7 +234,10 @@ impl LlbBridge for Gateway {
                 u64::try_from(r.length).map_err(|_| invalid("negative length"))?,
             )),
         };
-        let data = bridge.read_file(Some(&reference), &request.file_path, range).await.map_err(status)?;
+        let data = bridge
+            .read_file(Some(&reference), &request.file_path, range)
+            .await
+            .map_err(status)?;
         Ok(Response::new(pb::ReadFileResponse { data }))
     }
 
@@ -208,16 +246,26 @@ impl LlbBridge for Gateway {
         let request = request.into_inner();
         let reference = lookup(bridge.build(), &request.r#ref)?;
         let include = (!request.include_pattern.is_empty()).then_some(request.include_pattern.as_str());
-        let entries = bridge.read_dir(Some(&reference), &request.dir_path, include).await.map_err(status)?;
-        Ok(Response::new(pb::ReadDirResponse { entries: entries.into_iter().map(stat).collect() }))
+        let entries = bridge
+            .read_dir(Some(&reference), &request.dir_path, include)
+            .await
+            .map_err(status)?;
+        Ok(Response::new(pb::ReadDirResponse {
+            entries: entries.into_iter().map(stat).collect(),
+        }))
     }
 
     async fn stat_file(&self, request: Request<pb::StatFileRequest>) -> Result<Response<pb::StatFileResponse>, Status> {
         let bridge = self.bridge(&request).await?;
         let request = request.into_inner();
         let reference = lookup(bridge.build(), &request.r#ref)?;
-        let found = bridge.stat_file(Some(&reference), &request.path).await.map_err(status)?;
-        Ok(Response::new(pb::StatFileResponse { stat: Some(stat(found)) }))
+        let found = bridge
+            .stat_file(Some(&reference), &request.path)
+            .await
+            .map_err(status)?;
+        Ok(Response::new(pb::StatFileResponse {
+            stat: Some(stat(found)),
+        }))
     }
 
     async fn evaluate(&self, request: Request<pb::EvaluateRequest>) -> Result<Response<pb::EvaluateResponse>, Status> {
@@ -241,8 +289,12 @@ impl LlbBridge for Gateway {
 
     async fn inputs(&self, request: Request<pb::InputsRequest>) -> Result<Response<pb::InputsResponse>, Status> {
         let bridge = self.bridge(&request).await?;
-        let definitions: BTreeMap<_, _> =
-            bridge.build().inputs.iter().map(|(name, def)| (name.clone(), definition_to_proto(def))).collect();
+        let definitions: BTreeMap<_, _> = bridge
+            .build()
+            .inputs
+            .iter()
+            .map(|(name, def)| (name.clone(), definition_to_proto(def)))
+            .collect();
         Ok(Response::new(pb::InputsResponse { definitions }))
     }
 

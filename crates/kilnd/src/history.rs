@@ -65,7 +65,13 @@ impl History {
         // Slow listeners miss events rather than hold builds up.
         let (events, _) = broadcast::channel(1024);
         let stored = store.history(&Tenant::default());
-        Self(Arc::new(Inner { store: Arc::clone(store), stored, limits, active: Mutex::default(), events }))
+        Self(Arc::new(Inner {
+            store: Arc::clone(store),
+            stored,
+            limits,
+            active: Mutex::default(),
+            events,
+        }))
     }
 
     fn active(&self) -> MutexGuard<'_, BTreeMap<String, BuildHistoryRecord>> {
@@ -74,7 +80,10 @@ impl History {
 
     fn send(&self, kind: i32, record: BuildHistoryRecord) {
         // Nobody listening is fine.
-        let _ = self.0.events.send(BuildHistoryEvent { r#type: kind, record: Some(record) });
+        let _ = self.0.events.send(BuildHistoryEvent {
+            r#type: kind,
+            record: Some(record),
+        });
     }
 
     /// A build has begun.
@@ -110,7 +119,11 @@ impl History {
                 HistoryBlob::File(path) => {
                     let mut writer = content.writer(None)?;
                     writer.set_media_type(&descriptor.media_type);
-                    let io = |source| StoreError::Io { action: "read", path: path.clone(), source };
+                    let io = |source| StoreError::Io {
+                        action: "read",
+                        path: path.clone(),
+                        source,
+                    };
                     io::copy(&mut File::open(&path).map_err(io)?, &mut writer).map_err(io)?;
                     handles.push(writer.commit(None)?);
                     // Its name is needed no more; readers hold it open.
@@ -191,7 +204,11 @@ impl History {
         }
         // Newest first.
         let records = self.0.stored.list();
-        let mut stored: Vec<_> = records.iter().filter_map(decode).filter(|r| wanted(r) && filter.matches(r)).collect();
+        let mut stored: Vec<_> = records
+            .iter()
+            .filter_map(decode)
+            .filter(|r| wanted(r) && filter.matches(r))
+            .collect();
         match usize::try_from(request.limit) {
             Ok(limit) if limit > 0 => stored.truncate(limit),
             _ => stored.reverse(),
@@ -234,7 +251,10 @@ fn decode(stored: &HistoryRecord) -> Option<BuildHistoryRecord> {
 }
 
 fn unknown(reference: &str) -> WireError {
-    WireError::new(tonic::Code::NotFound, format!("could not find build record {reference}"))
+    WireError::new(
+        tonic::Code::NotFound,
+        format!("could not find build record {reference}"),
+    )
 }
 
 fn store_error(error: &StoreError) -> WireError {
@@ -275,7 +295,10 @@ mod tests {
     use futures::StreamExt as _;
     use kiln_store::StoreConfig;
 
-    const LIMITS: Limits = Limits { age: Duration::from_secs(3600), entries: 1 };
+    const LIMITS: Limits = Limits {
+        age: Duration::from_secs(3600),
+        entries: 1,
+    };
 
     fn open(dir: &Path) -> (Arc<Store>, History) {
         let (store, _) = Store::open(StoreConfig::new(dir)).unwrap();
@@ -285,12 +308,24 @@ mod tests {
 
     fn record(name: &str, seconds_ago: u64) -> BuildHistoryRecord {
         let at = SystemTime::now() - Duration::from_secs(seconds_ago);
-        BuildHistoryRecord { r#ref: name.into(), created_at: Some(timestamp(at)), ..Default::default() }
+        BuildHistoryRecord {
+            r#ref: name.into(),
+            created_at: Some(timestamp(at)),
+            ..Default::default()
+        }
     }
 
     async fn list(history: &History, request: BuildHistoryRequest) -> Vec<(i32, String)> {
-        let stream = history.listen(BuildHistoryRequest { early_exit: true, ..request }).unwrap();
-        Box::pin(stream).map(|e| e.map(|e| (e.r#type, e.record.unwrap().r#ref)).unwrap()).collect().await
+        let stream = history
+            .listen(BuildHistoryRequest {
+                early_exit: true,
+                ..request
+            })
+            .unwrap();
+        Box::pin(stream)
+            .map(|e| e.map(|e| (e.r#type, e.record.unwrap().r#ref)).unwrap())
+            .collect()
+            .await
     }
 
     #[tokio::test]
@@ -301,14 +336,22 @@ mod tests {
         assert_eq!(list(&history, Default::default()).await, [(STARTED, "a".into())]);
         let digest = Digest::of("log");
         let log = descriptor("text/plain", digest, 3, BTreeMap::new());
-        history.complete(record("a", 5), [(log, HistoryBlob::Bytes(b"log".to_vec()))]).unwrap();
+        history
+            .complete(record("a", 5), [(log, HistoryBlob::Bytes(b"log".to_vec()))])
+            .unwrap();
         history.complete(record("b", 1), []).unwrap();
-        let newest = BuildHistoryRequest { limit: 1, ..Default::default() };
+        let newest = BuildHistoryRequest {
+            limit: 1,
+            ..Default::default()
+        };
         assert_eq!(list(&history, newest).await, [(COMPLETE, "b".into())]);
         store.close().unwrap();
         drop((store, history));
         let (store, history) = open(dir.path());
-        assert_eq!(list(&history, Default::default()).await, [(COMPLETE, "a".into()), (COMPLETE, "b".into())]);
+        assert_eq!(
+            list(&history, Default::default()).await,
+            [(COMPLETE, "a".into()), (COMPLETE, "b".into())]
+        );
         assert_eq!(store.content(&Tenant::default()).read(&digest, 10).unwrap(), b"log");
         history.delete("a").unwrap();
         assert!(history.get("a").is_none());
@@ -319,7 +362,11 @@ mod tests {
     async fn an_unknown_ref_is_an_empty_list_for_who_leaves_early() {
         let dir = tempfile::tempdir().unwrap();
         let (_store, history) = open(dir.path());
-        let probe = BuildHistoryRequest { active_only: true, r#ref: "nobody".into(), ..Default::default() };
+        let probe = BuildHistoryRequest {
+            active_only: true,
+            r#ref: "nobody".into(),
+            ..Default::default()
+        };
         assert!(list(&history, probe).await.is_empty());
     }
 

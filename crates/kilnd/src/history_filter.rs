@@ -45,7 +45,12 @@ impl HistoryFilter {
                 match comparison(term) {
                     None => plain.push(term),
                     Some(Ok(c)) => comparisons.push(c),
-                    Some(Err(reason)) => return Err(FilterError { text: text.clone(), reason }),
+                    Some(Err(reason)) => {
+                        return Err(FilterError {
+                            text: text.clone(),
+                            reason,
+                        });
+                    }
                 }
             }
             alternatives.push((Filter::parse(&[plain.join(",")])?, comparisons));
@@ -79,13 +84,21 @@ fn state(record: &BuildHistoryRecord) -> &'static str {
 }
 
 fn repository(record: &BuildHistoryRecord) -> Option<String> {
-    record.frontend_attrs.get("vcs:source").or_else(|| record.frontend_attrs.get("context")).cloned()
+    record
+        .frontend_attrs
+        .get("vcs:source")
+        .or_else(|| record.frontend_attrs.get("context"))
+        .cloned()
 }
 
 fn comparison(term: &str) -> Option<Result<Comparison, String>> {
-    let (name, field) = [("startedAt", Field::StartedAt), ("completedAt", Field::CompletedAt), ("duration", Field::Duration)]
-        .into_iter()
-        .find(|(name, _)| term.starts_with(name))?;
+    let (name, field) = [
+        ("startedAt", Field::StartedAt),
+        ("completedAt", Field::CompletedAt),
+        ("duration", Field::Duration),
+    ]
+    .into_iter()
+    .find(|(name, _)| term.starts_with(name))?;
     let rest = term.strip_prefix(name)?;
     let (ordering, or_equal, value) = if let Some(v) = rest.strip_prefix("<=") {
         (Ordering::Less, true, v)
@@ -104,7 +117,12 @@ fn comparison(term: &str) -> Option<Result<Comparison, String>> {
         None => value.parse::<jiff::Timestamp>().ok().map(|t| Value::Time(t.into())),
     };
     Some(match parsed {
-        Some(value) => Ok(Comparison { field, or_equal, ordering, value }),
+        Some(value) => Ok(Comparison {
+            field,
+            or_equal,
+            ordering,
+            value,
+        }),
         None => Err(format!("`{value}` is neither a duration nor a time")),
     })
 }

@@ -116,10 +116,11 @@ fn vertex(v: &VertexProgress) -> Vertex {
         started: v.started.map(timestamp),
         completed: v.completed.map(timestamp),
         error: v.error.clone().unwrap_or_default(),
-        progress_group: v
-            .group
-            .as_ref()
-            .map(|g| pb::ProgressGroup { id: g.id.clone(), name: g.name.clone(), weak: g.weak }),
+        progress_group: v.group.as_ref().map(|g| pb::ProgressGroup {
+            id: g.id.clone(),
+            name: g.name.clone(),
+            weak: g.weak,
+        }),
     }
 }
 

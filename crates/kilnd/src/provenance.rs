@@ -56,7 +56,10 @@ impl Trail {
         options: &ResolveImageOptions,
         resolve: impl AsyncFnOnce() -> Result<ImageMeta, OpError>,
     ) -> Result<ImageMeta, OpError> {
-        let store = options.store.as_ref().map(|s| (s.session_id.clone(), s.store_id.clone()));
+        let store = options
+            .store
+            .as_ref()
+            .map(|s| (s.session_id.clone(), s.store_id.clone()));
         let platform = options.platform.as_ref().map(Platform::id);
         let key = (reference.to_owned(), platform, options.resolve_mode.clone(), store);
         let cell = {
@@ -269,7 +272,11 @@ fn facts(c: &Capture<'_>, options: &Options) -> Facts {
                         }
                         MountType::Ssh => {
                             let opt = mount.ssh.clone().unwrap_or_default();
-                            let id = if opt.id.is_empty() { "default".to_owned() } else { opt.id };
+                            let id = if opt.id.is_empty() {
+                                "default".to_owned()
+                            } else {
+                                opt.id
+                            };
                             let all = ssh.entry(id).or_insert(true);
                             *all &= opt.optional;
                         }
@@ -299,7 +306,13 @@ fn facts(c: &Capture<'_>, options: &Options) -> Facts {
     if !min {
         let list = |map: &BTreeMap<String, bool>| -> Value {
             map.iter()
-                .map(|(id, optional)| if *optional { json!({"id": id, "optional": true}) } else { json!({"id": id}) })
+                .map(|(id, optional)| {
+                    if *optional {
+                        json!({"id": id, "optional": true})
+                    } else {
+                        json!({"id": id})
+                    }
+                })
                 .collect()
         };
         if !secrets.is_empty() {
@@ -310,7 +323,10 @@ fn facts(c: &Capture<'_>, options: &Options) -> Facts {
         }
     }
     if !locals.is_empty() {
-        request.insert("locals".into(), locals.iter().map(|name| json!({"name": name})).collect());
+        request.insert(
+            "locals".into(),
+            locals.iter().map(|name| json!({"name": name})).collect(),
+        );
     }
     Facts {
         materials: materials(c),
@@ -351,8 +367,10 @@ fn materials(c: &Capture<'_>) -> Vec<Value> {
             }
             "http" | "https" => {
                 let uri = redact(&source.identifier);
-                let digest =
-                    source.attr("http.checksum").and_then(|c| c.split_once(':')).map(|(a, hex)| json!({ a: hex }));
+                let digest = source
+                    .attr("http.checksum")
+                    .and_then(|c| c.split_once(':'))
+                    .map(|(a, hex)| json!({ a: hex }));
                 other.insert((2, uri.clone()), material(&uri, digest));
             }
             _ => {}
@@ -363,7 +381,9 @@ fn materials(c: &Capture<'_>) -> Vec<Value> {
             && (lookup.platform.is_none() || c.platform.is_none() || lookup.platform.as_ref() == c.platform)
         {
             let platform = lookup.platform.as_ref().or(c.platform).unwrap_or(c.builder_platform);
-            images.entry(image_purl(&reference, Some(platform), lookup.local)).or_insert(lookup.digest);
+            images
+                .entry(image_purl(&reference, Some(platform), lookup.local))
+                .or_insert(lookup.digest);
         }
     }
     images
@@ -402,7 +422,9 @@ pub fn image_purl(reference: &ImageRef, platform: Option<&Platform>, local: bool
 
 /// Replaces user and password of a URL.
 fn redact(text: &str) -> String {
-    let Some((scheme, rest)) = text.split_once("://") else { return text.to_owned() };
+    let Some((scheme, rest)) = text.split_once("://") else {
+        return text.to_owned();
+    };
     let end = rest.find('/').unwrap_or(rest.len());
     let (authority, path) = rest.split_at(end);
     match authority.rsplit_once('@') {
@@ -473,7 +495,10 @@ fn v02(c: &Capture<'_>, options: &Options) -> Value {
     if !f.vcs.is_empty() {
         extra.insert("vcs".into(), Value::Object(f.vcs.clone()));
     }
-    metadata.insert("https://mobyproject.org/buildkit@v1#metadata".into(), Value::Object(extra));
+    metadata.insert(
+        "https://mobyproject.org/buildkit@v1#metadata".into(),
+        Value::Object(extra),
+    );
     if f.hermetic {
         metadata.insert("https://mobyproject.org/buildkit@v1#hermetic".into(), json!(true));
     }
@@ -506,7 +531,10 @@ mod tests {
 
     #[test]
     fn credentials_are_taken_out_of_urls() {
-        assert_eq!(redact("https://user:pw@host/x.git#main"), "https://xxxxx:xxxxx@host/x.git#main");
+        assert_eq!(
+            redact("https://user:pw@host/x.git#main"),
+            "https://xxxxx:xxxxx@host/x.git#main"
+        );
         assert_eq!(redact("https://token@host/x"), "https://xxxxx@host/x");
         assert_eq!(redact("https://host/a@b"), "https://host/a@b");
         assert_eq!(redact("context"), "context");
@@ -530,9 +558,15 @@ mod tests {
             invocation: "id",
             times: ("2026-01-01T00:00:00Z", "2026-01-01T00:00:01Z"),
         };
-        let min = Options { mode: Mode::Min, ..Options::default() };
+        let min = Options {
+            mode: Mode::Min,
+            ..Options::default()
+        };
         let text = String::from_utf8(predicate(&capture, &min)).unwrap();
-        assert!(!text.contains("s3cret") && text.contains(r#""request": false"#), "{text}");
+        assert!(
+            !text.contains("s3cret") && text.contains(r#""request": false"#),
+            "{text}"
+        );
         let text = String::from_utf8(predicate(&capture, &Options::default())).unwrap();
         assert!(text.contains("s3cret") && text.contains(r#""request": true"#), "{text}");
     }

@@ -15,12 +15,18 @@ use crate::status::WireError;
 pub fn result_to_proto(build: &Build, result: &BuildResult) -> pb::Result {
     let reference = |r: &Option<BuildRef>| match r {
         None => pb::Ref::default(),
-        Some(r) => pb::Ref { id: build.register(r.clone()), def: Some(definition_to_proto(&r.definition)) },
+        Some(r) => pb::Ref {
+            id: build.register(r.clone()),
+            def: Some(definition_to_proto(&r.definition)),
+        },
     };
     let shape = match &result.refs {
         ResultRefs::Single(r) => pb::result::Result::Ref(reference(r)),
         ResultRefs::ByPlatform(refs) => pb::result::Result::Refs(pb::RefMap {
-            refs: refs.iter().map(|(platform, r)| (platform.clone(), reference(r))).collect(),
+            refs: refs
+                .iter()
+                .map(|(platform, r)| (platform.clone(), reference(r)))
+                .collect(),
         }),
     };
     let attestations = result
@@ -30,7 +36,11 @@ pub fn result_to_proto(build: &Build, result: &BuildResult) -> pb::Result {
             let attestation = list
                 .iter()
                 .map(|a| pb::Attestation {
-                    kind: if a.bundle { pb::AttestationKind::Bundle } else { pb::AttestationKind::InToto } as i32,
+                    kind: if a.bundle {
+                        pb::AttestationKind::Bundle
+                    } else {
+                        pb::AttestationKind::InToto
+                    } as i32,
                     metadata: a.metadata.clone(),
                     // Clients dereference it, so it is never left out.
                     r#ref: Some(reference(&a.reference)),
@@ -42,7 +52,11 @@ pub fn result_to_proto(build: &Build, result: &BuildResult) -> pb::Result {
             (platform.clone(), pb::Attestations { attestation })
         })
         .collect();
-    pb::Result { metadata: result.metadata.clone(), attestations, result: Some(shape) }
+    pb::Result {
+        metadata: result.metadata.clone(),
+        attestations,
+        result: Some(shape),
+    }
 }
 
 /// Takes over what a client returns. An empty id is an empty file system.
@@ -60,12 +74,16 @@ pub fn result_from_proto(build: &Build, result: pb::Result) -> Result<BuildResul
         None => ResultRefs::Single(None),
         Some(pb::result::Result::RefDeprecated(id)) => ResultRefs::Single(lookup(&id)?),
         Some(pb::result::Result::Ref(r)) => ResultRefs::Single(lookup(&r.id)?),
-        Some(pb::result::Result::RefsDeprecated(map)) => {
-            by_platform(&result.metadata, map.refs.iter().map(|(k, id)| (k, id.as_str())), &lookup)?
-        }
-        Some(pb::result::Result::Refs(map)) => {
-            by_platform(&result.metadata, map.refs.iter().map(|(k, r)| (k, r.id.as_str())), &lookup)?
-        }
+        Some(pb::result::Result::RefsDeprecated(map)) => by_platform(
+            &result.metadata,
+            map.refs.iter().map(|(k, id)| (k, id.as_str())),
+            &lookup,
+        )?,
+        Some(pb::result::Result::Refs(map)) => by_platform(
+            &result.metadata,
+            map.refs.iter().map(|(k, r)| (k, r.id.as_str())),
+            &lookup,
+        )?,
     };
     let mut attestations = BTreeMap::new();
     for (platform, list) in result.attestations {
@@ -81,7 +99,11 @@ pub fn result_from_proto(build: &Build, result: pb::Result) -> Result<BuildResul
         }
         attestations.insert(platform, out);
     }
-    Ok(FrontendResult { refs, metadata: result.metadata, attestations })
+    Ok(FrontendResult {
+        refs,
+        metadata: result.metadata,
+        attestations,
+    })
 }
 
 /// Platforms in the order that `refs.platforms` gives, since a map has none; what it does not name follows by name.
@@ -91,7 +113,9 @@ fn by_platform<'a>(
     lookup: &dyn Fn(&str) -> Result<Option<BuildRef>, WireError>,
 ) -> Result<ResultRefs<BuildRef>, WireError> {
     let order = platform_order(metadata);
-    let mut list = refs.map(|(k, id)| Ok((k.clone(), lookup(id)?))).collect::<Result<Vec<_>, WireError>>()?;
+    let mut list = refs
+        .map(|(k, id)| Ok((k.clone(), lookup(id)?)))
+        .collect::<Result<Vec<_>, WireError>>()?;
     list.sort_by_key(|(k, _)| order.iter().position(|o| o == k).unwrap_or(usize::MAX));
     Ok(ResultRefs::ByPlatform(list))
 }

@@ -63,12 +63,18 @@ fn check(daemon: &Daemon, request: &SolveRequest) -> Result<(), WireError> {
     }
     if !COMPATIBILITY.contains(&request.compatibility_version) {
         let version = request.compatibility_version;
-        return Err(WireError::invalid(format!("unsupported compatibility version {version}")));
+        return Err(WireError::invalid(format!(
+            "unsupported compatibility version {version}"
+        )));
     }
     if request.proxy_network {
-        return Err(WireError::new(Code::Unimplemented, "the policy proxy network is not available"));
+        return Err(WireError::new(
+            Code::Unimplemented,
+            "the policy proxy network is not available",
+        ));
     }
-    if !request.source_policy_session.is_empty() || request.source_policy.as_ref().is_some_and(|p| !p.rules.is_empty()) {
+    if !request.source_policy_session.is_empty() || request.source_policy.as_ref().is_some_and(|p| !p.rules.is_empty())
+    {
         return Err(WireError::new(Code::Unimplemented, "source policies are not available"));
     }
     for exporter in &request.exporters {
@@ -79,7 +85,10 @@ fn check(daemon: &Daemon, request: &SolveRequest) -> Result<(), WireError> {
     {
         return Err(WireError::new(
             Code::Unimplemented,
-            format!("unknown cache exporter: {:?}: caches cannot be exported yet", unknown.r#type),
+            format!(
+                "unknown cache exporter: {:?}: caches cannot be exported yet",
+                unknown.r#type
+            ),
         ));
     }
     Ok(())
@@ -92,7 +101,12 @@ fn begin(daemon: &Arc<Daemon>, request: &SolveRequest) -> Result<(Arc<Build>, Re
     let inputs = request
         .frontend_inputs
         .iter()
-        .map(|(name, def)| Ok((name.clone(), definition_from_proto(def).map_err(|e| WireError::invalid(e.to_string()))?)))
+        .map(|(name, def)| {
+            Ok((
+                name.clone(),
+                definition_from_proto(def).map_err(|e| WireError::invalid(e.to_string()))?,
+            ))
+        })
         .collect::<Result<BTreeMap<_, _>, WireError>>()?;
     let path = daemon.progress_dir().join(crate::random_id());
     let (writer, spool) = spool::create(&path)
@@ -107,7 +121,16 @@ fn begin(daemon: &Arc<Daemon>, request: &SolveRequest) -> Result<(Arc<Build>, Re
     let recorder = tokio::spawn(record(Arc::clone(job.progress()), writer, counter.clone()));
     let attrs = request.frontend_attrs.clone();
     let reference = request.r#ref.clone();
-    let build = Build::new(NewBuild { reference, job, spool, counter, session, attrs, inputs, entitlements });
+    let build = Build::new(NewBuild {
+        reference,
+        job,
+        spool,
+        counter,
+        session,
+        attrs,
+        inputs,
+        entitlements,
+    });
     Ok((build, recorder))
 }
 
@@ -148,7 +171,9 @@ async fn finish(
     if request.internal {
         // Readers hold the file open; its name is needed no more.
         let _ = std::fs::remove_file(log);
-        return outcome.map(|done| SolveResponse { exporter_response: done.exported.response });
+        return outcome.map(|done| SolveResponse {
+            exporter_response: done.exported.response,
+        });
     }
     let counts = build.counter.steps();
     entry.completed_at = Some(timestamp(SystemTime::now()));
@@ -161,7 +186,12 @@ async fn finish(
             entry.exporter_response = done.exported.response.clone();
             entry.result = done.info;
             entry.results = done.platforms;
-            (Ok(SolveResponse { exporter_response: done.exported.response }), done.blobs)
+            (
+                Ok(SolveResponse {
+                    exporter_response: done.exported.response,
+                }),
+                done.blobs,
+            )
         }
         Err(error) => {
             let mut status = error.to_proto();
@@ -234,7 +264,12 @@ async fn run(
     let statements = crate::attest::statements(daemon, build, &result, &platforms, request, started)?;
     let exported = export::run(daemon, build, request, finished, &statements).await?;
     let (info, platforms, blobs) = crate::attest::history(&statements, &exported);
-    Ok(Done { exported, info, platforms, blobs })
+    Ok(Done {
+        exported,
+        info,
+        platforms,
+        blobs,
+    })
 }
 
 /// What the build ends in: made here if the request says how, else what the client's own frontend returns.

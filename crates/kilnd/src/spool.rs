@@ -143,13 +143,18 @@ fn next_frame(reader: &mut impl BufRead) -> io::Result<Option<StatusResponse>> {
     reader.read_exact(&mut header)?;
     let mut frame = vec![0u8; frame_length(header)?];
     reader.read_exact(&mut frame)?;
-    StatusResponse::decode(Bytes::from(frame)).map(Some).map_err(io::Error::other)
+    StatusResponse::decode(Bytes::from(frame))
+        .map(Some)
+        .map_err(io::Error::other)
 }
 
 fn frame_length(header: [u8; 4]) -> io::Result<usize> {
     let len = u32::from_le_bytes(header) as usize;
     if len > MAX_FRAME {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, format!("progress frame of {len} bytes")));
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            format!("progress frame of {len} bytes"),
+        ));
     }
     Ok(len)
 }

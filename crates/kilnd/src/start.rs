@@ -83,7 +83,10 @@ pub fn run(flags: &Flags) -> Result<(), StartError> {
         .enable_all()
         .thread_name("kilnd")
         .build()
-        .map_err(|source| StartError::Io { action: "start the runtime", source })?;
+        .map_err(|source| StartError::Io {
+            action: "start the runtime",
+            source,
+        })?;
     let result = runtime.block_on(daemon(config));
     // Blocking jobs check their stop tokens; one that hangs in a system call must not keep the process.
     runtime.shutdown_timeout(std::time::Duration::from_secs(5));
@@ -128,14 +131,20 @@ fn wire(config: Config) -> Result<(Arc<Daemon>, Arc<Store>), StartError> {
         cookie_dir: cookie_dir(&config),
         ..StoreConfig::new(&config.root)
     };
-    let (store, report) = Store::open(store_config)
-        .map_err(|source| StartError::Store { root: config.root.display().to_string(), source })?;
+    let (store, report) = Store::open(store_config).map_err(|source| StartError::Store {
+        root: config.root.display().to_string(),
+        source,
+    })?;
     if let Some(reason) = &report.rebuilt {
         tracing::warn!(reason, "the index was rebuilt from the records beside trees and blobs");
     }
     if report.incomplete + report.unsealed > 0 {
         let (incomplete, unsealed) = (report.incomplete, report.unsealed);
-        tracing::warn!(incomplete, unsealed, "unfinished entries of an earlier run were removed");
+        tracing::warn!(
+            incomplete,
+            unsealed,
+            "unfinished entries of an earlier run were removed"
+        );
     }
     let registry = Registry::new(registry_config(&config));
     registry.check()?;
@@ -144,7 +153,11 @@ fn wire(config: Config) -> Result<(Arc<Daemon>, Arc<Store>), StartError> {
     let platforms = if config.platforms.is_empty() {
         platforms::available()
     } else {
-        config.platforms.iter().map(|p| parse_platform(p)).collect::<Result<_, _>>()?
+        config
+            .platforms
+            .iter()
+            .map(|p| parse_platform(p))
+            .collect::<Result<_, _>>()?
     };
     let rootless = executor.is_rootless();
     let worker = LlbWorker::new(WorkerOptions {
@@ -158,7 +171,16 @@ fn wire(config: Config) -> Result<(Arc<Daemon>, Arc<Store>), StartError> {
     });
     let snapshotter = store.snapshotter().name().to_owned();
     let store_too = Arc::clone(&store);
-    let parts = Parts { config, store: store_too, sessions, registry, worker, executor, platforms, snapshotter };
+    let parts = Parts {
+        config,
+        store: store_too,
+        sessions,
+        registry,
+        worker,
+        executor,
+        platforms,
+        snapshotter,
+    };
     Ok((Daemon::new(parts)?, store))
 }
 
@@ -185,7 +207,10 @@ fn network(config: &Config) -> NetworkOptions {
 }
 
 fn parse_platform(text: &str) -> Result<kiln_oci::Platform, ConfigError> {
-    let bad = |_| ConfigError::Value { key: "worker.oci.platforms".into(), value: text.to_owned() };
+    let bad = |_| ConfigError::Value {
+        key: "worker.oci.platforms".into(),
+        value: text.to_owned(),
+    };
     text.parse::<kiln_oci::Platform>().map(|p| p.normalized()).map_err(bad)
 }
 
@@ -205,7 +230,12 @@ fn registry_config(config: &Config) -> RegistryConfig {
             (name.clone(), host)
         })
         .collect();
-    let variable = |names: [&str; 2]| names.iter().find_map(|n| std::env::var(n).ok()).filter(|v| !v.is_empty());
+    let variable = |names: [&str; 2]| {
+        names
+            .iter()
+            .find_map(|n| std::env::var(n).ok())
+            .filter(|v| !v.is_empty())
+    };
     RegistryConfig {
         hosts,
         max_concurrency: config.registry_connections,

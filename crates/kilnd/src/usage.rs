@@ -91,7 +91,11 @@ pub async fn list(daemon: &Arc<Daemon>, filter: &[String], age: i64) -> Result<V
             age.is_zero() || now.duration_since(used).unwrap_or_default() >= age
         };
         let records = store.usage(&Tenant::default());
-        Ok(records.iter().filter(|r| filter.matches(&ByField(r)) && old_enough(r)).map(wire).collect())
+        Ok(records
+            .iter()
+            .filter(|r| filter.matches(&ByField(r)) && old_enough(r))
+            .map(wire)
+            .collect())
     })
     .await
 }
@@ -115,11 +119,17 @@ pub async fn prune(
     let (send, receive) = mpsc::channel(64);
     tokio::task::spawn_blocking(move || {
         let stop = Stop::default();
-        let result = store.prune(&Tenant::default(), &policy, &|r| filter.matches(&ByField(r)), &stop, &mut |r| {
-            if send.blocking_send(Ok(wire(r))).is_err() {
-                stop.stop();
-            }
-        });
+        let result = store.prune(
+            &Tenant::default(),
+            &policy,
+            &|r| filter.matches(&ByField(r)),
+            &stop,
+            &mut |r| {
+                if send.blocking_send(Ok(wire(r))).is_err() {
+                    stop.stop();
+                }
+            },
+        );
         match result {
             Ok(_) | Err(StoreError::Canceled) => {}
             // A client that is gone needs no answer.
@@ -151,8 +161,14 @@ const AT_MOST_EVERY: Duration = Duration::from_secs(60);
 impl Collector {
     /// The rules of the configuration, or the defaults for the disk.
     pub fn new(config: &Config, store: &Arc<Store>) -> Result<Self, WireError> {
-        let disk = rustix::fs::statvfs(store.root()).ok().map(|s| s.f_blocks.saturating_mul(s.f_frsize));
-        let rules = if config.gc_rules.is_empty() { default_rules(config, disk) } else { config.gc_rules.clone() };
+        let disk = rustix::fs::statvfs(store.root())
+            .ok()
+            .map(|s| s.f_blocks.saturating_mul(s.f_frsize));
+        let rules = if config.gc_rules.is_empty() {
+            default_rules(config, disk)
+        } else {
+            config.gc_rules.clone()
+        };
         let rules = rules
             .iter()
             .map(|rule| {
@@ -166,10 +182,19 @@ impl Collector {
                     min_free_space: bytes(rule.min_free),
                     types: Vec::new(),
                 };
-                Ok(Rule { policy, filter, texts: rule.filters.clone() })
+                Ok(Rule {
+                    policy,
+                    filter,
+                    texts: rule.filters.clone(),
+                })
             })
             .collect::<Result<_, WireError>>()?;
-        Ok(Self { rules, enabled: config.gc, wake: Arc::new(Notify::new()), store: Arc::clone(store) })
+        Ok(Self {
+            rules,
+            enabled: config.gc,
+            wake: Arc::new(Notify::new()),
+            store: Arc::clone(store),
+        })
     }
 
     /// The rules as clients are told.
@@ -259,8 +284,25 @@ fn default_rules(config: &Config, disk: Option<u64>) -> Vec<GcRule> {
             max_used: Some(DiskSpace::Bytes(512_000_000)),
             ..GcRule::default()
         },
-        GcRule { keep: Duration::from_secs(60 * 24 * 3600), reserved, max_used: max, min_free: free, ..GcRule::default() },
-        GcRule { reserved, max_used: max, min_free: free, ..GcRule::default() },
-        GcRule { all: true, reserved, max_used: max, min_free: free, ..GcRule::default() },
+        GcRule {
+            keep: Duration::from_secs(60 * 24 * 3600),
+            reserved,
+            max_used: max,
+            min_free: free,
+            ..GcRule::default()
+        },
+        GcRule {
+            reserved,
+            max_used: max,
+            min_free: free,
+            ..GcRule::default()
+        },
+        GcRule {
+            all: true,
+            reserved,
+            max_used: max,
+            min_free: free,
+            ..GcRule::default()
+        },
     ]
 }
