@@ -24,8 +24,9 @@ pub struct Faults {
 }
 
 impl Faults {
-    /// A proxy in front of the registry at `upstream` (`127.0.0.1:port`). `rule` sees `METHOD /path` and how often that very
-    /// request has come before.
+    /// A proxy in front of the registry at `upstream` (`127.0.0.1:port`). `rule` sees `METHOD /path` with the query, and
+    /// how often a request with that method and path has come before: in queries registries keep the state of uploads,
+    /// which is another one each time.
     pub fn before(upstream: &str, rule: impl Fn(&str, usize) -> Fault + Send + Sync + 'static) -> Faults {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         let host = listener.local_addr().expect("an address").to_string();
@@ -57,6 +58,11 @@ impl Faults {
     }
 }
 
+/// A request without its query.
+fn path_of(request: &str) -> &str {
+    request.split_once('?').map_or(request, |(path, _)| path)
+}
+
 fn pass(
     client: TcpStream,
     upstream: &str,
@@ -82,7 +88,7 @@ fn pass(
     let request = first.split_whitespace().take(2).collect::<Vec<_>>().join(" ");
     let before = {
         let mut seen = seen.lock().expect("the list");
-        let before = seen.iter().filter(|other| **other == request).count();
+        let before = seen.iter().filter(|other| path_of(other) == path_of(&request)).count();
         seen.push(request.clone());
         before
     };

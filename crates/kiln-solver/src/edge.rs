@@ -140,11 +140,14 @@ impl<W: Worker> JobInner<W> {
         };
         let is_source = node.inputs.is_empty();
         loop {
+            // The starter is there before the work begins, which may ask its client at once.
+            let mut here = None;
             let ticket = self
                 .solver
                 .maps
                 .join(&id, |teardown, canceled| {
                     let cx = self.context(node, &teardown, canceled);
+                    here = Some(cx.attach(self, digest, true));
                     let (op, shared) = (Arc::clone(&op), cx.clone());
                     let work = async move {
                         let _teardown = teardown;
@@ -166,7 +169,7 @@ impl<W: Worker> JobInner<W> {
                     Launch { shared, work }
                 })
                 .await;
-            let _here = ticket.shared().attach(self, digest, ticket.starter);
+            let _here = here.unwrap_or_else(|| ticket.shared().attach(self, digest, false));
             match self.at(node, ticket.wait().await) {
                 Err(error) if error.is_personal() && !ticket.starter => {}
                 Err(error) => return Err(error),
@@ -457,11 +460,13 @@ impl<W: Worker> JobInner<W> {
             selector: Some(salted),
         };
         loop {
+            let mut here = None;
             let ticket = self
                 .solver
                 .contents
                 .join(&id, |teardown, canceled| {
                     let cx = self.context(node, &teardown, canceled);
+                    here = Some(cx.attach(self, digest, true));
                     let (op, value, shared) = (Arc::clone(&mapped.op), value.clone(), cx.clone());
                     let work = async move {
                         let _teardown = teardown;
@@ -479,7 +484,7 @@ impl<W: Worker> JobInner<W> {
                     Launch { shared, work }
                 })
                 .await;
-            let _here = ticket.shared().attach(self, digest, ticket.starter);
+            let _here = here.unwrap_or_else(|| ticket.shared().attach(self, digest, false));
             match ticket.wait().await {
                 Some(Err(RunFailure::Failed(error))) if error.is_personal() && !ticket.starter => {}
                 Some(Err(RunFailure::InputLost(_))) => return Err(RunFailure::InputLost(index)),
@@ -556,6 +561,7 @@ impl<W: Worker> JobInner<W> {
             } else {
                 self.solver.runs.join_running(&anew)
             };
+            let mut here = None;
             let ticket = match joined {
                 Some(ticket) => ticket,
                 None => {
@@ -563,6 +569,7 @@ impl<W: Worker> JobInner<W> {
                         .runs
                         .join(&id, |teardown, canceled| {
                             let cx = self.context(node, &teardown, canceled);
+                            here = Some(cx.attach(self, digest, true));
                             let run = Run {
                                 job: Arc::clone(self),
                                 mapped: mapped.clone(),
@@ -583,7 +590,7 @@ impl<W: Worker> JobInner<W> {
                         .await
                 }
             };
-            let _here = ticket.shared().attach(self, digest, ticket.starter);
+            let _here = here.unwrap_or_else(|| ticket.shared().attach(self, digest, false));
             match ticket.wait().await {
                 Some(Ok(ran)) => {
                     if ran.hit {

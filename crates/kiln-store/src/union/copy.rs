@@ -231,7 +231,8 @@ impl<'a> Job<'a> {
             (false, Some(kind)) => kind.is_dir(),
             (_, None) => false,
         };
-        if inside {
+        // The root has no name: what is in it goes into the directory itself.
+        if inside && !base(source).is_empty() {
             dest = join(&dest, base(source));
         }
         let above = if is_dir && contents && existing.is_none() {

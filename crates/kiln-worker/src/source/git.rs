@@ -522,20 +522,13 @@ impl Git {
         self.run(&["-C", &at, "checkout", "--quiet", "--detach", &found.commit], None)
             .await?;
         if submodules {
-            self.run(
-                &[
-                    "-C",
-                    &at,
-                    "submodule",
-                    "update",
-                    "--quiet",
-                    "--init",
-                    "--recursive",
-                    "--depth=1",
-                ],
-                None,
-            )
-            .await?;
+            let update = ["-C", &at, "submodule", "update", "--quiet", "--init", "--recursive"];
+            let shallow: Vec<&str> = update.into_iter().chain(["--depth=1"]).collect();
+            // Servers of plain files, and those that give out no single commits, have whole histories only.
+            if let Err(shallow) = self.run(&shallow, None).await {
+                tracing::debug!(address = self.address, error = %shallow, "submodules are fetched whole");
+                self.run(&update, None).await?;
+            }
         }
         self.run(&["-C", &at, "remote", "set-url", "origin", &scrub(url)], None)
             .await?;

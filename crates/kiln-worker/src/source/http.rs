@@ -226,7 +226,23 @@ impl HttpFile {
 
     /// The file, downloaded once by this instance.
     async fn got(&self, asker: Asker<'_>) -> Result<Got, OpError> {
-        self.got.get_or_try_init(|| self.download(asker)).await.cloned()
+        self.got
+            .get_or_try_init(|| async {
+                let got = self.download(asker).await?;
+                let digest = got.blob.digest();
+                // Also what an earlier build downloaded and the server calls unchanged may be another file.
+                match self.checksum.filter(|wanted| *wanted != digest) {
+                    None => Ok(got),
+                    Some(wanted) => {
+                        let what = plain(&self.url);
+                        Err(OpError::user(format!(
+                            "digest mismatch for {what}: {digest} (expected: {wanted})"
+                        )))
+                    }
+                }
+            })
+            .await
+            .cloned()
     }
 
     async fn download(&self, asker: Asker<'_>) -> Result<Got, OpError> {
@@ -316,7 +332,7 @@ impl HttpFile {
         })
     }
 
-    /// Writes a stream into the content store and compares its digest.
+    /// Writes a stream into the content store.
     async fn store(
         &self,
         asker: Asker<'_>,
@@ -345,13 +361,6 @@ impl HttpFile {
             status.set(number(done), number(total));
         }
         let blob = blocking(move |_| writer.commit(None)).await?;
-        if let Some(wanted) = self.checksum.filter(|c| *c != blob.digest()) {
-            return Err(OpError::user(format!(
-                "digest mismatch for {}: {} (expected: {wanted})",
-                plain(&self.url),
-                blob.digest()
-            )));
-        }
         Ok(blob)
     }
 
