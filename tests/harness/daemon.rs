@@ -270,9 +270,14 @@ impl Daemon {
             .expect("a number of KiB")
     }
 
-    /// All processes beneath the daemon, itself not counted.
+    /// All processes beneath the daemon, itself not counted. Nor is its one launcher, which starts the steps and lives as
+    /// long as the daemon; the steps beneath it count, and so does a second launcher.
     pub fn descendants(&self) -> Vec<u32> {
-        descendants(self.id())
+        let mut found = descendants(self.id());
+        if let Some(launcher) = found.iter().position(|id| is_launcher_of(*id, self.id())) {
+            found.remove(launcher);
+        }
+        found
     }
 
     /// Mount points beneath the daemon's directory, in the daemon's own mount namespace.
@@ -312,6 +317,21 @@ impl Drop for Daemon {
     }
 }
 
+/// Whether `id` is a launcher that the daemon itself has started. A step that has not yet executed its program has the
+/// same command line, but the launcher is its parent.
+fn is_launcher_of(id: u32, daemon: u32) -> bool {
+    let line = std::fs::read(format!("/proc/{id}/cmdline")).unwrap_or_default();
+    line.split(|byte| *byte == 0).next() == Some(b"kiln-launcher") && parent_of(id) == Some(daemon)
+}
+
+/// The parent of a running process.
+fn parent_of(id: u32) -> Option<u32> {
+    let stat = std::fs::read_to_string(format!("/proc/{id}/stat")).ok()?;
+    // The name in parentheses may contain anything; the parent is the second field after the last one.
+    let (_, rest) = stat.rsplit_once(')')?;
+    rest.split_whitespace().nth(1)?.parse().ok()
+}
+
 /// All processes beneath `id`.
 pub fn descendants(id: u32) -> Vec<u32> {
     let mut parents = Vec::new();
@@ -319,15 +339,7 @@ pub fn descendants(id: u32) -> Vec<u32> {
         let Some(child) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
             continue;
         };
-        let Ok(stat) = std::fs::read_to_string(entry.path().join("stat")) else {
-            continue;
-        };
-        // The name in parentheses may contain anything; the parent is the second field after the last one.
-        let parent: Option<u32> = stat
-            .rsplit_once(')')
-            .and_then(|(_, rest)| rest.split_whitespace().nth(1))
-            .and_then(|field| field.parse().ok());
-        if let Some(parent) = parent {
+        if let Some(parent) = parent_of(child) {
             parents.push((child, parent));
         }
     }

@@ -14,7 +14,11 @@ use crate::status::WireError;
 /// Puts a result on the wire; every reference gets an id of the build.
 pub fn result_to_proto(build: &Build, result: &BuildResult) -> pb::Result {
     let reference = |r: &Option<BuildRef>| match r {
-        None => pb::Ref::default(),
+        // Not the default value: that would be left out of the map, and clients would dereference nothing.
+        None => pb::Ref {
+            id: String::new(),
+            def: Some(Default::default()),
+        },
         Some(r) => pb::Ref {
             id: build.register(r.clone()),
             def: Some(definition_to_proto(&r.definition)),
@@ -32,6 +36,7 @@ pub fn result_to_proto(build: &Build, result: &BuildResult) -> pb::Result {
     let attestations = result
         .attestations
         .iter()
+        .filter(|(_, list)| !list.is_empty())
         .map(|(platform, list)| {
             let attestation = list
                 .iter()

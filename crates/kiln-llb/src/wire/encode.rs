@@ -48,9 +48,11 @@ fn metadata(m: &OpMetadata) -> pb::OpMetadata {
 
 fn source_map(map: &SourceMap) -> pb::Source {
     pb::Source {
+        // A map entry with an empty message loses its value on the wire, and clients read that as a null pointer.
         locations: map
             .locations
             .iter()
+            .filter(|(_, list)| !list.is_empty())
             .map(|(digest, list)| {
                 let locations = list
                     .iter()
