@@ -130,7 +130,7 @@ async fn an_unreachable_host_is_named() {
     assert_eq!(error.kind(), ErrorKind::Unavailable);
     assert!(
         error.to_string().starts_with(&format!(
-            "failed to do request: HEAD \"http://127.0.0.1:{port}/v2/x/manifests/latest\": Connection refused"
+            "failed to do request: HEAD \"http://127.0.0.1:{port}/v2/x/manifests/latest\": connection refused"
         )),
         "{error}"
     );
